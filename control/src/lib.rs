@@ -1,0 +1,1 @@
+//! ferryd and ferry: configuration, local API, metrics.

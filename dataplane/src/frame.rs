@@ -1,0 +1,411 @@
+//! Frames on their way through the switch: where their bytes lie and what is still owed to them.
+//!
+//! A received frame stays in the memory of the port it came from (guest buffers, mbufs) until its
+//! burst is released. Guest memory may change at any moment, so decisions are only ever taken on the
+//! *snapshot*: a private copy of the frame's first bytes. Output is snapshot bytes (possibly
+//! rewritten) followed by a copy of the remaining bytes straight from the source buffers.
+#![allow(unsafe_code)] // Its job: reading port memory through raw pointers.
+use crate::counters::DropReason;
+
+/// Most frames handled in one go. Accepted frames of a burst are reported in a `u64` mask.
+pub const BURST: usize = 64;
+/// Private copy of a frame's beginning: enough for Ethernet + two tags + IPv6 with extension headers + TCP options.
+pub const SNAPSHOT_BYTES: usize = 256;
+/// Bytes copied eagerly per frame; [`RxBurst::extend_snapshot`] fetches the rest for the rare deep header.
+pub const SNAPSHOT_EAGER_BYTES: usize = 128;
+/// Segments that all frames of a burst may have together.
+pub const BURST_SEGMENTS: usize = 4096;
+/// Longest frame handled: 64 KiB of TSO payload plus headers and tags.
+pub const MAX_FRAME_BYTES: u32 = 65_535 + 18 + 8;
+
+/// A contiguous piece of a received frame in port memory.
+///
+/// Not `Clone`: it can only be reached through the burst that owns it, hence not after release.
+#[derive(Debug)]
+pub struct Segment {
+    addr: *const u8,
+    len: u32,
+}
+
+impl Segment {
+    /// Start address.
+    #[inline]
+    pub fn addr(&self) -> *const u8 {
+        self.addr
+    }
+    /// Length in bytes.
+    #[inline]
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+    /// True for a zero-length segment.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+// SAFETY: a Segment is a plain address and length; who dereferences it upholds validity.
+unsafe impl Send for Segment {}
+// SAFETY: as above; there is no interior state.
+unsafe impl Sync for Segment {}
+
+/// Kind of segmentation a frame still needs (virtio 1.3, 5.1.6: `gso_type`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Gso {
+    /// An ordinary frame.
+    #[default]
+    None = 0,
+    /// TCP over IPv4, VIRTIO_NET_HDR_GSO_TCPV4.
+    TcpV4 = 1,
+    /// TCP over IPv6, VIRTIO_NET_HDR_GSO_TCPV6.
+    TcpV6 = 4,
+}
+
+/// Checksum and segmentation work that a frame carries along, in the terms of `virtio_net_hdr`
+/// (virtio 1.3, 5.1.6), whatever kind of port it came from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offload {
+    /// The L4 checksum field holds only the pseudo-header sum: someone must finish it (NEEDS_CSUM).
+    pub needs_csum: bool,
+    /// The L4 checksum was verified by someone trusted (DATA_VALID).
+    pub csum_valid: bool,
+    /// Segmentation owed.
+    pub gso: Gso,
+    /// GSO_ECN: the first segment alone carries CWR.
+    pub ecn: bool,
+    /// Length of all headers in front of the L4 payload, bytes (a hint of the sender; recomputed before use).
+    pub hdr_len: u16,
+    /// L4 payload bytes per segment.
+    pub gso_size: u16,
+    /// Where checksumming starts, bytes from the frame's start.
+    pub csum_start: u16,
+    /// Where the checksum is stored, bytes from `csum_start`.
+    pub csum_offset: u16,
+}
+
+/// What the burst knows about one frame.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FrameMeta {
+    /// Frame length in bytes, without any virtio-net header.
+    pub len: u32,
+    /// First segment of this frame within the burst.
+    pub first_segment: u16,
+    /// Number of segments.
+    pub segments: u16,
+    /// Valid bytes in the snapshot.
+    pub snapshot_len: u16,
+    /// Work owed.
+    pub offload: Offload,
+}
+
+/// Private header copy; its own cache lines.
+#[repr(C, align(64))]
+#[derive(Clone)]
+struct Snapshot([u8; SNAPSHOT_BYTES]);
+
+/// A burst of received frames. Allocated once per PMD thread and reused.
+pub struct RxBurst {
+    meta: Box<[FrameMeta; BURST]>,
+    snapshots: Box<[Snapshot]>,
+    segments: Vec<Segment>,
+    len: usize,
+    /// Frames the port refused before they became frames (malformed descriptors ...), by reason.
+    rejected: [u32; DropReason::COUNT],
+    any_rejected: bool,
+}
+
+impl Default for RxBurst {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl RxBurst {
+    /// An empty burst with room for [`BURST`] frames and [`BURST_SEGMENTS`] segments.
+    pub fn new() -> Self {
+        Self {
+            meta: Box::new([FrameMeta::default(); BURST]),
+            snapshots: vec![Snapshot([0; SNAPSHOT_BYTES]); BURST].into_boxed_slice(),
+            segments: Vec::with_capacity(BURST_SEGMENTS),
+            len: 0,
+            rejected: [0; DropReason::COUNT],
+            any_rejected: false,
+        }
+    }
+
+    /// Forgets all frames. The port must have released their buffers.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.len = 0;
+        self.segments.clear();
+        if self.any_rejected {
+            self.rejected = [0; DropReason::COUNT];
+            self.any_rejected = false;
+        }
+    }
+
+    /// Number of frames.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+    /// True when no frame is held.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+    /// True when no further frame fits.
+    #[inline]
+    pub fn is_full(&self) -> bool {
+        self.len >= BURST
+    }
+    /// How many more segments fit; a receive queue stops before a chain that might not.
+    #[inline]
+    pub fn segment_room(&self) -> usize {
+        BURST_SEGMENTS - self.segments.len()
+    }
+
+    /// Adds one piece of the frame under construction. Ignored when the burst has no room (the caller
+    /// checked [`Self::segment_room`]); zero-length pieces are skipped.
+    ///
+    /// # Safety
+    /// `addr..addr+len` must stay mapped and readable until the burst is cleared (it may be written by others meanwhile).
+    #[inline]
+    pub unsafe fn push_segment(&mut self, addr: *const u8, len: u32) {
+        if len != 0 && self.segments.len() < BURST_SEGMENTS {
+            self.segments.push(Segment { addr, len });
+        }
+    }
+
+    /// Number of segments pushed so far: pass it to [`Self::abandon_frame`] or [`Self::finish_frame`].
+    #[inline]
+    pub fn segment_mark(&self) -> usize {
+        self.segments.len()
+    }
+
+    /// Drops the segments pushed since `mark`.
+    #[inline]
+    pub fn abandon_frame(&mut self, mark: usize) {
+        self.segments.truncate(mark);
+    }
+
+    /// Completes the frame whose segments were pushed since `mark`. Returns false, abandoning it, when the burst is full.
+    #[inline]
+    pub fn finish_frame(&mut self, mark: usize, offload: Offload) -> bool {
+        let count = self.segments.len().saturating_sub(mark);
+        let len = self.segments.get(mark..).unwrap_or_default().iter().map(|s| s.len).fold(0u32, u32::saturating_add);
+        let Some(meta) = self.meta.get_mut(self.len) else {
+            self.abandon_frame(mark);
+            return false;
+        };
+        *meta = FrameMeta { len, first_segment: mark as u16, segments: count as u16, snapshot_len: 0, offload };
+        self.len += 1;
+        true
+    }
+
+    /// Counts a frame that the port had to refuse before it could be handed over. It counts as received and dropped.
+    #[inline]
+    pub fn reject(&mut self, reason: DropReason) {
+        if let Some(n) = self.rejected.get_mut(reason as usize) {
+            *n = n.saturating_add(1);
+            self.any_rejected = true;
+        }
+    }
+
+    /// Refused frames by reason, when there are any.
+    #[inline]
+    pub fn rejected(&self) -> Option<&[u32; DropReason::COUNT]> {
+        self.any_rejected.then_some(&self.rejected)
+    }
+
+    /// Takes the private header copy of every frame; header lines are prefetched a few frames ahead.
+    pub fn take_snapshots(&mut self) {
+        const AHEAD: usize = 8;
+        for i in 0..self.len.min(AHEAD) {
+            self.prefetch(i);
+        }
+        for i in 0..self.len {
+            self.prefetch(i + AHEAD);
+            self.fill_snapshot(i, SNAPSHOT_EAGER_BYTES);
+        }
+    }
+
+    /// Enlarges frame `i`'s snapshot to [`SNAPSHOT_BYTES`] when its headers reach deeper. Bytes already taken are kept,
+    /// so that nothing that was looked at can change.
+    pub fn extend_snapshot(&mut self, i: usize) {
+        self.fill_snapshot(i, SNAPSHOT_BYTES);
+    }
+
+    #[inline]
+    fn prefetch(&self, i: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(meta) = self.meta.get(i)
+            && i < self.len
+            && let Some(seg) = self.segments.get(meta.first_segment as usize)
+        {
+            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: prefetch has no architectural effect whatever the address.
+            unsafe { _mm_prefetch(seg.addr.cast::<i8>(), _MM_HINT_T0) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = i;
+    }
+
+    #[inline]
+    fn fill_snapshot(&mut self, i: usize, want: usize) {
+        let (Some(meta), Some(snap)) = (self.meta.get_mut(i), self.snapshots.get_mut(i)) else { return };
+        let want = want.min(SNAPSHOT_BYTES).min(meta.len as usize);
+        let have = usize::from(meta.snapshot_len);
+        if want <= have {
+            return;
+        }
+        let segs = self
+            .segments
+            .get(meta.first_segment as usize..meta.first_segment as usize + meta.segments as usize)
+            .unwrap_or_default();
+        let body = Body { segments: segs, skip: have as u32, len: (want - have) as u32 };
+        if let Some(dst) = snap.0.get_mut(have..want) {
+            let n = body.read(dst);
+            meta.snapshot_len = (have + n) as u16;
+        }
+    }
+
+    /// Frame `i`'s facts.
+    #[inline]
+    pub fn meta(&self, i: usize) -> Option<&FrameMeta> {
+        if i < self.len { self.meta.get(i) } else { None }
+    }
+    /// Frame `i`'s facts, changeable (offload fixes after validation).
+    #[inline]
+    pub fn meta_mut(&mut self, i: usize) -> Option<&mut FrameMeta> {
+        if i < self.len { self.meta.get_mut(i) } else { None }
+    }
+
+    /// Frame `i`'s private header copy.
+    #[inline]
+    pub fn snapshot(&self, i: usize) -> &[u8] {
+        match (self.meta.get(i), self.snapshots.get(i)) {
+            (Some(m), Some(s)) if i < self.len => s.0.get(..usize::from(m.snapshot_len)).unwrap_or_default(),
+            _ => &[],
+        }
+    }
+
+    /// The bytes of frame `i` from `skip` on, in port memory.
+    #[inline]
+    pub fn body(&self, i: usize, skip: u32) -> Body<'_> {
+        let Some(m) = self.meta(i) else { return Body::EMPTY };
+        let first = m.first_segment as usize;
+        let segments = self.segments.get(first..first + m.segments as usize).unwrap_or_default();
+        Body { segments, skip: skip.min(m.len), len: m.len.saturating_sub(skip) }
+    }
+}
+
+/// A range of bytes of a received frame, still in port memory: `len` bytes after the first `skip`.
+#[derive(Clone, Copy, Debug)]
+pub struct Body<'a> {
+    segments: &'a [Segment],
+    skip: u32,
+    len: u32,
+}
+
+impl<'a> Body<'a> {
+    /// No bytes.
+    pub const EMPTY: Body<'static> = Body { segments: &[], skip: 0, len: 0 };
+
+    /// Length in bytes.
+    #[inline]
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+    /// True when there are no bytes.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The sub-range of `len` bytes after the first `offset`, clipped to what there is.
+    #[inline]
+    pub fn slice(&self, offset: u32, len: u32) -> Body<'a> {
+        let offset = offset.min(self.len);
+        Body { segments: self.segments, skip: self.skip.saturating_add(offset), len: len.min(self.len - offset) }
+    }
+
+    /// The contiguous pieces, in order.
+    #[inline]
+    pub fn pieces(&self) -> Pieces<'a> {
+        Pieces { segments: self.segments.iter(), skip: self.skip, left: self.len }
+    }
+
+    /// Copies into private memory; returns how many bytes were copied (`min` of both lengths).
+    #[inline]
+    pub fn read(&self, dst: &mut [u8]) -> usize {
+        let mut done = 0usize;
+        for (addr, len) in self.pieces() {
+            let n = (len as usize).min(dst.len() - done);
+            // SAFETY: `push_segment`'s caller keeps addr..addr+len mapped while the burst is borrowed;
+            // dst has n bytes left at `done`; private and port memory do not overlap.
+            unsafe { core::ptr::copy_nonoverlapping(addr, dst.as_mut_ptr().add(done), n) };
+            done += n;
+            if done == dst.len() {
+                break;
+            }
+        }
+        done
+    }
+}
+
+/// Iterator over the contiguous pieces `(address, length)` of a [`Body`].
+pub struct Pieces<'a> {
+    segments: core::slice::Iter<'a, Segment>,
+    skip: u32,
+    left: u32,
+}
+
+impl Iterator for Pieces<'_> {
+    type Item = (*const u8, u32);
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.left > 0 {
+            let seg = self.segments.next()?;
+            if self.skip >= seg.len {
+                self.skip -= seg.len;
+                continue;
+            }
+            let n = (seg.len - self.skip).min(self.left);
+            // SAFETY: skip < seg.len, so the sum stays inside the segment.
+            let addr = unsafe { seg.addr.add(self.skip as usize) };
+            self.skip = 0;
+            self.left -= n;
+            return Some((addr, n));
+        }
+        None
+    }
+}
+
+/// A frame on its way out: private header bytes, then bytes of a source frame.
+#[derive(Clone, Copy, Debug)]
+pub struct TxFrame<'a> {
+    /// Final header bytes.
+    pub head: &'a [u8],
+    /// What follows them.
+    pub body: Body<'a>,
+    /// Work still owed; only what the port's capabilities take.
+    pub offload: Offload,
+    /// Flow hash, to choose among a port's transmit queues.
+    pub flow_hash: u32,
+}
+
+impl TxFrame<'_> {
+    /// Whole length in bytes.
+    #[inline]
+    pub fn len(&self) -> u32 {
+        (self.head.len() as u32).saturating_add(self.body.len())
+    }
+    /// True for a frame without bytes.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}

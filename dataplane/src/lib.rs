@@ -1,0 +1,11 @@
+//! Ferry's packet path. No I/O, no sockets, no async: ports are given from outside (see [`port`]).
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
+)]
+
+pub mod counters;
+pub mod frame;
+pub mod packet;
+pub mod port;
+pub mod qsbr;

@@ -1,0 +1,195 @@
+//! Quiescent-state-based reclamation: how memory, rings and tables go away without a lock on the packet path.
+//!
+//! A PMD thread owns a [`Guard`]. Everything it reads through [`Published::load`] stays valid until it passes its next
+//! quiescent state ([`Guard::quiescent`], once per loop iteration). A control thread that wants to take something away
+//! unpublishes it and calls [`Domain::synchronize`]: when that returns, every PMD thread has passed a quiescent state
+//! (or sleeps, *offline*), so no one can still hold the old value. The scheme is the QSBR flavour of
+//! Desnoyers et al., "User-Level Implementations of Read-Copy Update", IEEE TPDS 2012.
+#![allow(unsafe_code)] // Its job: handing out references whose lifetime is the quiescent interval.
+use std::sync::Arc;
+#[cfg(not(loom))]
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering, fence};
+
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering, fence};
+
+/// Most PMD threads of one switch.
+pub const MAX_THREADS: usize = 64;
+
+const OFFLINE: u64 = 0;
+
+#[repr(align(64))]
+struct Slot {
+    /// [`OFFLINE`], or the global count this thread has last seen at a quiescent state.
+    seen: AtomicU64,
+    taken: AtomicBool,
+}
+
+/// All PMD threads of a switch and the grace periods among them.
+pub struct Domain {
+    global: AtomicU64,
+    slots: Box<[Slot]>,
+}
+
+impl Domain {
+    /// A domain for up to [`MAX_THREADS`] reader threads.
+    pub fn new() -> Arc<Self> {
+        Self::with_slots(MAX_THREADS)
+    }
+
+    fn with_slots(n: usize) -> Arc<Self> {
+        let slots = (0..n).map(|_| Slot { seen: AtomicU64::new(OFFLINE), taken: AtomicBool::new(false) }).collect();
+        Arc::new(Self { global: AtomicU64::new(1), slots })
+    }
+
+    /// Registers the calling thread as a reader, online. `None` when all slots are taken.
+    pub fn register(self: &Arc<Self>) -> Option<Guard> {
+        for (index, slot) in self.slots.iter().enumerate() {
+            if slot.taken.compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                let mut guard = Guard { domain: Arc::clone(self), index };
+                guard.online();
+                return Some(guard);
+            }
+        }
+        None
+    }
+
+    /// Waits until every reader has passed a quiescent state since the call began. Must not be called by a reader that is online.
+    pub fn synchronize(&self) {
+        // The caller's unpublishing store comes before the count moves.
+        fence(Ordering::SeqCst);
+        let target = self.global.fetch_add(1, Ordering::SeqCst) + 1;
+        for slot in &self.slots {
+            let mut spins = 0u32;
+            loop {
+                let seen = slot.seen.load(Ordering::SeqCst);
+                if seen == OFFLINE || seen >= target {
+                    break;
+                }
+                spins += 1;
+                #[cfg(loom)]
+                loom::thread::yield_now();
+                #[cfg(not(loom))]
+                if spins < 256 {
+                    core::hint::spin_loop();
+                } else {
+                    std::thread::yield_now();
+                }
+            }
+        }
+        fence(Ordering::SeqCst);
+    }
+}
+
+/// A reader's registration. References obtained under it live until `&mut` is taken for the next quiescent state.
+pub struct Guard {
+    domain: Arc<Domain>,
+    index: usize,
+}
+
+impl Guard {
+    #[inline]
+    fn slot(&self) -> &Slot {
+        // SAFETY: `index` was found by enumerating `slots`, whose length never changes.
+        unsafe { self.domain.slots.get_unchecked(self.index) }
+    }
+
+    /// Passes a quiescent state: nothing loaded before is used after.
+    #[inline]
+    pub fn quiescent(&mut self) {
+        let now = self.domain.global.load(Ordering::Acquire);
+        if self.slot().seen.load(Ordering::Relaxed) != now {
+            // Release: all reads of the old values are done. The fence keeps later loads behind the store.
+            self.slot().seen.store(now, Ordering::SeqCst);
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    /// Goes to sleep: grace periods no longer wait for this thread.
+    pub fn offline(&mut self) {
+        self.slot().seen.store(OFFLINE, Ordering::SeqCst);
+    }
+
+    /// Wakes up: grace periods wait for this thread again.
+    pub fn online(&mut self) {
+        let now = self.domain.global.load(Ordering::SeqCst);
+        self.slot().seen.store(now, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+    }
+
+    /// The reader's number, unique among live readers, below [`MAX_THREADS`].
+    #[inline]
+    pub fn index(&self) -> usize {
+        self.index
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.offline();
+        self.slot().taken.store(false, Ordering::Release);
+    }
+}
+
+/// A value that PMD threads read and control threads replace.
+pub struct Published<T> {
+    ptr: AtomicPtr<T>,
+}
+
+impl<T> Published<T> {
+    /// Nothing published yet.
+    pub fn empty() -> Self {
+        Self { ptr: AtomicPtr::new(core::ptr::null_mut()) }
+    }
+
+    /// Publishes `value` from the start.
+    pub fn new(value: Box<T>) -> Self {
+        Self { ptr: AtomicPtr::new(Box::into_raw(value)) }
+    }
+
+    /// The current value, if any; valid until the guard's next quiescent state.
+    #[inline]
+    pub fn load<'g>(&self, _guard: &'g Guard) -> Option<&'g T> {
+        let p = self.ptr.load(Ordering::Acquire);
+        // SAFETY: values are unpublished only by `replace`, which waits for a grace period before it hands the
+        // box back. The guard is online and borrowed for 'g, so its thread cannot pass a quiescent state before 'g ends.
+        unsafe { p.as_ref() }
+    }
+
+    /// True when a value is published.
+    #[inline]
+    pub fn is_some(&self) -> bool {
+        !self.ptr.load(Ordering::Acquire).is_null()
+    }
+
+    /// Publishes `new` and returns the previous value once no reader can hold it. Callers are serialised by the
+    /// exclusive access they have to `domain`'s control side (a mutex); concurrent replaces are safe, each gets its own old value.
+    pub fn replace(&self, new: Option<Box<T>>, domain: &Domain) -> Option<Box<T>> {
+        let raw = new.map_or(core::ptr::null_mut(), Box::into_raw);
+        let old = self.ptr.swap(raw, Ordering::SeqCst);
+        if old.is_null() {
+            return None;
+        }
+        domain.synchronize();
+        // SAFETY: `old` came from Box::into_raw, was taken out by this swap alone, and after the grace period no reader holds it.
+        Some(unsafe { Box::from_raw(old) })
+    }
+}
+
+impl<T> Drop for Published<T> {
+    fn drop(&mut self) {
+        #[cfg(not(loom))]
+        let p = *self.ptr.get_mut();
+        #[cfg(loom)]
+        let p = self.ptr.load(Ordering::SeqCst);
+        if !p.is_null() {
+            // SAFETY: `&mut self` proves that no reader can reach this cell any more; the pointer came from Box::into_raw.
+            drop(unsafe { Box::from_raw(p) });
+        }
+    }
+}
+
+// SAFETY: Published hands out `&T` to several threads and drops `T` on any of them.
+unsafe impl<T: Send + Sync> Sync for Published<T> {}
+// SAFETY: it owns a T.
+unsafe impl<T: Send> Send for Published<T> {}

@@ -1,0 +1,1 @@
+//! Flow-state migration: announcing a VM that has arrived.

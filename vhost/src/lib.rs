@@ -1,0 +1,1 @@
+//! One vhost-user port: protocol session, guest memory, virtqueues, dirty-page log.
