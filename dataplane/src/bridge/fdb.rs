@@ -209,7 +209,7 @@ impl Fdb {
             if value as u32 != now_s {
                 // Fails harmlessly when a writer has just reused the entry.
                 let _ =
-                    entry.value.compare_exchange(value, value_of(port, now_s), Ordering::Relaxed, Ordering::Relaxed);
+                    entry.value.compare_exchange(value, value_of(port, now_s), Ordering::AcqRel, Ordering::Relaxed);
             }
             return Learned::Known;
         }
@@ -230,7 +230,7 @@ impl Fdb {
             }
             self.adjust(port_of(value), -1);
             self.adjust(port, 1);
-            entry.value.store(value_of(port, now_s), Ordering::Release);
+            entry.value.swap(value_of(port, now_s), Ordering::AcqRel);
             self.bump(&self.counts.moved);
             return Learned::Moved;
         }
@@ -360,7 +360,8 @@ impl Fdb {
     // The rest runs under the writer lock.
 
     fn store(&self, entry: &Entry, key: u64, port: PortId, now_s: u32) {
-        entry.value.store(value_of(port, now_s), Ordering::Relaxed);
+        // A swap, so that a refresh that slipped in between is ordered before it.
+        entry.value.swap(value_of(port, now_s), Ordering::AcqRel);
         entry.key.store(key, Ordering::Release);
         self.adjust(port, 1);
         self.used.store(self.used.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
