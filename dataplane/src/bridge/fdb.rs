@@ -208,8 +208,7 @@ impl Fdb {
         {
             if value as u32 != now_s {
                 // Fails harmlessly when a writer has just reused the entry.
-                let _ =
-                    entry.value.compare_exchange(value, value_of(port, now_s), Ordering::AcqRel, Ordering::Relaxed);
+                let _ = entry.value.compare_exchange(value, value_of(port, now_s), Ordering::AcqRel, Ordering::Relaxed);
             }
             return Learned::Known;
         }
