@@ -119,7 +119,7 @@ pub struct FdbStats {
 
 #[inline]
 fn key_of(vlan: u16, mac: MacAddr) -> u64 {
-    (u64::from(vlan) << 48) | mac.to_u64()
+    (u64::from(vlan) << 48) | mac.as_u64()
 }
 
 #[inline]
