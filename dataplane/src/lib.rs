@@ -6,6 +6,8 @@
 
 pub mod counters;
 pub mod frame;
+pub mod fuzzing;
+pub mod offload;
 pub mod packet;
 pub mod port;
 pub mod qsbr;
