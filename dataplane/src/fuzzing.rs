@@ -204,10 +204,29 @@ fn views(bytes: &[u8]) {
 /// Offload claims, their software completion and VLAN edits. Input: eight bytes of claims, two of parameters (length of the pieces in
 /// port memory, length of the snapshot), then the frame.
 pub fn offload(data: &[u8]) {
+    check_offload(data);
+}
+
+/// How far a claim got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reached {
+    /// Refused, or longer than any frame.
+    Refused,
+    /// Nothing was owed.
+    Plain,
+    /// The checksum was finished.
+    Finished,
+    /// Refused by the segmenter.
+    NotSegmented,
+    /// Segmented; `true`: the pseudo-header's sum was right, so that the segments' checksums could be verified.
+    Segmented(bool),
+}
+
+fn check_offload(data: &[u8]) -> Reached {
     let ([flags, kind, size_hi, size_lo, start, offset, start_hi, piece_len, taken, fix], frame) =
         parameters::<10>(data);
     if frame.len() > MAX_FRAME_BYTES as usize {
-        return;
+        return Reached::Refused;
     }
     let claim = Offload {
         needs_csum: flags & 1 != 0,
@@ -226,7 +245,7 @@ pub fn offload(data: &[u8]) {
     let mut frame = frame.to_vec();
     let frame_len = frame.len() as u32;
     let mut claim = claim;
-    if fix & 1 != 0
+    if fix & 3 != 0
         && let Ok(headers) = parse_headers(&frame, frame_len)
         && let Some(l4) = headers.l4
         && let Some(at) = crate::offload::checksum::checksum_offset(l4.proto)
@@ -236,24 +255,26 @@ pub fn offload(data: &[u8]) {
         claim.csum_start = l4.offset;
         claim.csum_offset = at;
         let field = usize::from(l4.offset + at);
-        if let (Some(sum), Some(to)) = (reference_pseudo_sum(&frame, &headers), frame.get_mut(field..field + 2)) {
+        if fix & 1 != 0
+            && let (Some(sum), Some(to)) = (reference_pseudo_sum(&frame, &headers), frame.get_mut(field..field + 2))
+        {
             // ICMP has no pseudo-header.
             let sum = if l4.proto == IpProto::ICMP { 0 } else { sum };
             to.copy_from_slice(&sum.to_be_bytes());
         }
     }
-    let snapshot_len = (usize::from(taken).max(64)).min(SNAPSHOT_BYTES).min(frame.len());
+    let snapshot_len = usize::from(taken).clamp(64, SNAPSHOT_BYTES).min(frame.len());
     let (snapshot, _) = frame.split_at(snapshot_len);
     let result = validate(&claim, snapshot, frame_len);
     if let Ok(headers) = parse_headers(snapshot, frame_len) {
         assert_eq!(result, validate_parsed(&claim, &headers, snapshot.len(), frame_len));
         vlan_round_trip(snapshot, &headers, result.unwrap_or_default());
     }
-    let Ok(sound) = result else { return };
+    let Ok(sound) = result else { return Reached::Refused };
     assert!(!sound.csum_valid);
     if !sound.needs_csum {
         assert_eq!(sound, Offload::default());
-        return;
+        return Reached::Plain;
     }
     let field = usize::from(sound.csum_start) + usize::from(sound.csum_offset);
     assert!(sound.csum_start >= 14 && field + 2 <= snapshot.len());
@@ -261,8 +282,9 @@ pub fn offload(data: &[u8]) {
     let body = owned.body(snapshot.len() as u32);
     if sound.gso == Gso::None {
         check_finish(&frame, snapshot, body, sound);
+        Reached::Finished
     } else {
-        check_segments(&frame, snapshot, body, &sound);
+        check_segments(&frame, snapshot, body, &sound)
     }
 }
 
@@ -287,9 +309,11 @@ fn check_finish(frame: &[u8], snapshot: &[u8], body: Body<'_>, sound: Offload) {
     assert_eq!(expected.get(..head.len()), Some(head.as_slice()));
 }
 
-fn check_segments(frame: &[u8], snapshot: &[u8], body: Body<'_>, sound: &Offload) {
-    let Ok(headers) = parse_headers(snapshot, frame.len() as u32) else { return };
-    let Ok(mut finished) = Segmenter::new(snapshot, &headers, body, sound, SegmentChecksum::Finish) else { return };
+fn check_segments(frame: &[u8], snapshot: &[u8], body: Body<'_>, sound: &Offload) -> Reached {
+    let Ok(headers) = parse_headers(snapshot, frame.len() as u32) else { return Reached::NotSegmented };
+    let Ok(mut finished) = Segmenter::new(snapshot, &headers, body, sound, SegmentChecksum::Finish) else {
+        return Reached::NotSegmented;
+    };
     let mut partial = finished.clone_for(SegmentChecksum::Partial);
     let pseudo_true = match (headers.l4, reference_pseudo_sum(frame, &headers)) {
         (Some(l4), Some(sum)) => {
@@ -301,7 +325,7 @@ fn check_segments(frame: &[u8], snapshot: &[u8], body: Body<'_>, sound: &Offload
     let hdr_len = usize::from(sound.hdr_len);
     let whole = Tcp::new(frame.get(usize::from(sound.csum_start)..).unwrap_or_default());
     assert!(whole.is_ok());
-    let Ok(whole) = whole else { return };
+    let Ok(whole) = whole else { return Reached::NotSegmented };
     let mut payload = Vec::new();
     let mut count = 0;
     let mut buffer = [0u8; SNAPSHOT_BYTES];
@@ -316,7 +340,7 @@ fn check_segments(frame: &[u8], snapshot: &[u8], body: Body<'_>, sound: &Offload
 
         let parsed = parse_headers(&bytes, bytes.len() as u32);
         assert!(parsed.is_ok(), "segment {count}: {parsed:?}");
-        let Ok(parsed) = parsed else { return };
+        let Ok(parsed) = parsed else { return Reached::NotSegmented };
         assert_eq!(parsed.l2, headers.l2);
         assert_eq!(parsed.l4, headers.l4);
         assert_eq!(parsed.l3_end() as usize, bytes.len());
@@ -329,7 +353,7 @@ fn check_segments(frame: &[u8], snapshot: &[u8], body: Body<'_>, sound: &Offload
             }
         }
         let tcp_bytes = bytes.get(usize::from(sound.csum_start)..).unwrap_or_default();
-        let Ok(tcp) = Tcp::new(tcp_bytes) else { return };
+        let Ok(tcp) = Tcp::new(tcp_bytes) else { return Reached::NotSegmented };
         assert_eq!(tcp.seq(), whole.seq().wrapping_add(payload.len() as u32));
         let last = usize::from(count) + 1 == finished.segments();
         let mut flags = whole.flags();
@@ -364,6 +388,7 @@ fn check_segments(frame: &[u8], snapshot: &[u8], body: Body<'_>, sound: &Offload
     assert_eq!(usize::from(count), finished.segments());
     assert!(partial.next_segment(&mut second).is_none());
     assert_eq!(Some(payload.as_slice()), frame.get(hdr_len..));
+    Reached::Segmented(pseudo_true)
 }
 
 fn vlan_round_trip(snapshot: &[u8], headers: &Headers, before: Offload) {
@@ -431,7 +456,13 @@ mod tests {
     fn mutated_frames_keep_every_invariant() {
         let mut seeds: Vec<Vec<u8>> = SAMPLES.iter().map(|s| s.bytes()).collect();
         seeds.extend([TCP4_GSO, TCP6_GSO].map(hex));
-        let gso_at = seeds.len() - 2;
+        // Long enough for more segments than allowed.
+        let mut long = hex(TCP4_GSO);
+        long.extend([3; 300]);
+        let total = (long.len() - 18) as u16;
+        long[20..22].copy_from_slice(&total.to_be_bytes());
+        seeds.push(long);
+        let gso_at = seeds.len() - 3;
         let mut rng = XorShift(0x5eed_f00d_1234_5678);
         for _ in 0..100_000 {
             let frame = mutate(&mut rng, &seeds);
@@ -439,6 +470,7 @@ mod tests {
             data.extend(&frame);
             parse(&data);
         }
+        let mut reached = std::collections::BTreeMap::<String, u32>::new();
         for i in 0..100_000u32 {
             let gso = i % 2 == 0;
             let frame = mutate(&mut rng, if gso { &seeds[gso_at..] } else { &seeds });
@@ -446,9 +478,20 @@ mod tests {
             data[1] = if gso { 1 + (rng.next() & 1) as u8 } else { (rng.next() & 7 == 0) as u8 };
             data[2] = 0;
             data[3] &= 0x3f;
-            data[9] = (i % 3 != 0) as u8;
+            data[9] = [0, 1, 1, 2][rng.below(4)];
             data.extend(&frame);
-            offload(&data);
+            *reached.entry(format!("{:?}", check_offload(&data))).or_default() += 1;
+        }
+        // The run is worth something only when every branch is reached often.
+        for (kind, least) in [
+            ("Refused", 1000),
+            ("Plain", 1000),
+            ("Finished", 1000),
+            ("NotSegmented", 100),
+            ("Segmented(true)", 1000),
+            ("Segmented(false)", 1000),
+        ] {
+            assert!(reached.get(kind).is_some_and(|n| *n >= least), "{kind}: {reached:?}");
         }
     }
 
