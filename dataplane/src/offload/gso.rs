@@ -146,6 +146,12 @@ impl<'a> Segmenter<'a> {
         self.hdr_len as u32 + self.gso_size.min(self.payload_len)
     }
 
+    /// The same work from its beginning, with another treatment of checksums.
+    #[must_use]
+    pub fn clone_for(&self, checksum: SegmentChecksum) -> Self {
+        Self { done: 0, index: 0, checksum, ..*self }
+    }
+
     /// Writes the next segment's headers (and the payload that lay in the head) into `out`. `None` after the last
     /// segment, or when `out` is too short: as long as the frame's `head` is always enough.
     #[inline]

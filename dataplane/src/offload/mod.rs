@@ -6,6 +6,8 @@ pub mod checksum;
 mod finish;
 mod gso;
 mod sum;
+#[cfg(test)]
+mod tests;
 mod validate;
 mod vlan_edit;
 

@@ -17,6 +17,8 @@ pub mod sctp;
 pub mod tcp;
 #[cfg(test)]
 pub(crate) mod testdata;
+#[cfg(test)]
+mod tests;
 pub mod udp;
 pub mod vlan;
 

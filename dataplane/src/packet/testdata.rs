@@ -1,4 +1,4 @@
-//! Frames built with scapy 2.8, an independent implementation: all lengths and checksums are its own.
+//! Frames built with scapy, an independent implementation: all lengths and checksums are its own.
 use super::Fragment;
 
 /// A frame and where its headers are.
