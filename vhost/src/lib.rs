@@ -5,4 +5,8 @@
 )]
 
 pub mod dirty_log;
+mod eventfd;
 pub mod memory;
+pub mod net_header;
+pub mod queue;
+pub mod ring;
