@@ -1,1 +1,7 @@
 //! One vhost-user port: protocol session, guest memory, virtqueues, dirty-page log.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
+)]
+
+pub mod sigbus;
