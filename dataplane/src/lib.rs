@@ -10,6 +10,7 @@ pub mod counters;
 pub mod frame;
 pub mod fuzzing;
 pub mod offload;
+pub mod output;
 pub mod packet;
 pub mod pmd;
 pub mod port;

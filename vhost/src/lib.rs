@@ -6,7 +6,18 @@
 
 pub mod dirty_log;
 mod eventfd;
+mod fdio;
+pub mod features;
 pub mod memory;
+mod message;
 pub mod net_header;
+pub mod port;
 pub mod queue;
+pub mod relay;
+mod resume;
 pub mod ring;
+mod session;
+pub mod sigbus;
+pub mod signals;
+pub mod socket;
+pub mod status;
