@@ -18,3 +18,4 @@ pub use netns::Netns;
 pub use qemu::{Guest, GuestBuilder, Nic, Role};
 pub use scratch::Scratch;
 
+pub use testpmd::{Testpmd, TestpmdBuilder, VirtioUser};

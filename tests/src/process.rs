@@ -78,6 +78,17 @@ impl Process {
         })
     }
 
+    /// Like [`Self::spawn`], with a pipe for standard input only.
+    ///
+    /// # Errors
+    /// As [`Self::spawn`].
+    pub fn spawn_commanded(command: Command, log: &Path) -> Result<Self> {
+        Self::spawn_with(command, log, |c| {
+            c.stdin(Stdio::piped());
+            Ok(())
+        })
+    }
+
     fn spawn_with(
         mut command: Command,
         log: &Path,

@@ -4,10 +4,13 @@ use std::fs::{self, File, OpenOptions};
 use std::io::BufReader;
 use std::time::Duration;
 
-/// Brings the guest up and serves for ever. Failures go to the console, which the harness keeps.
+/// Brings the guest up and serves for ever. Failures go to the console, which the harness keeps, and end the guest.
 pub fn run() -> ! {
     if let Err(e) = bring_up() {
         println!("ferry-guest: {e}");
+        // Let the serial port send that.
+        std::thread::sleep(Duration::from_millis(200));
+        system::restart();
     }
     loop {
         std::thread::sleep(Duration::from_secs(3600));

@@ -36,6 +36,12 @@ pub fn make_raw(tty: &File) -> io::Result<()> {
     check(unsafe { libc::tcsetattr(tty.as_raw_fd(), libc::TCSANOW, &t) }.into())
 }
 
+/// Restarts the machine; under `-no-reboot` QEMU ends. Does nothing outside of process 1's machine: needs the privilege.
+pub fn restart() {
+    // SAFETY: no memory is involved.
+    unsafe { libc::reboot(libc::RB_AUTOBOOT) };
+}
+
 /// Kills a process group.
 pub fn kill_group(leader: u32) {
     if let Ok(pid) = i32::try_from(leader) {

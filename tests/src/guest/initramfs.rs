@@ -59,8 +59,7 @@ impl Cpio {
 pub fn build(kernel: &Kernel, agent: &Path) -> Result<Vec<u8>> {
     let busybox = Path::new("/bin/busybox");
     let program = fs::read(busybox).context("/bin/busybox (package busybox-static)")?;
-    // A dynamically linked one names its loader, and could not run in the guest.
-    if program.windows(10).any(|w| w == b"ld-linux-x") {
+    if has_interpreter(&program) {
         bail!("/bin/busybox is dynamically linked: install the package busybox-static");
     }
     let mut list = Command::new(busybox);
@@ -87,11 +86,30 @@ pub fn build(kernel: &Kernel, agent: &Path) -> Result<Vec<u8>> {
     cpio.finish()
 }
 
+/// Whether an ELF program (64 bit, little-endian) asks for a dynamic loader, which a guest does not have: it has a program
+/// header of type PT_INTERP.
+fn has_interpreter(elf: &[u8]) -> bool {
+    const PT_INTERP: u64 = 3;
+    let field = |at: usize, len: usize| -> Option<u64> {
+        Some(elf.get(at..at.checked_add(len)?)?.iter().rev().fold(0, |v, b| v << 8 | u64::from(*b)))
+    };
+    let size = |at, len| field(at, len).and_then(|v| usize::try_from(v).ok());
+    let (Some(table), Some(entry), Some(count)) = (size(32, 8), size(54, 2), size(56, 2)) else { return false };
+    (0..count).any(|i| table.checked_add(i * entry).and_then(|at| field(at, 4)) == Some(PT_INTERP))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::Write;
     use std::process::Stdio;
+
+    #[test]
+    fn dynamic_programs_are_told_from_static_ones() {
+        assert!(has_interpreter(&fs::read(std::env::current_exe().unwrap()).unwrap()));
+        assert!(!has_interpreter(&fs::read("/bin/busybox").unwrap()), "busybox-static is installed");
+        assert!(!has_interpreter(b"\x7fELF"));
+    }
 
     #[test]
     fn the_archive_is_what_cpio_reads() {

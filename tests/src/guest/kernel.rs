@@ -8,22 +8,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
-/// Modules in loading order. Those that a kernel has built in are left out.
-const MODULES: [&str; 13] = [
-    "virtio",
-    "virtio_ring",
-    "virtio_pci_modern_dev",
-    "virtio_pci_legacy_dev",
-    "virtio_pci",
-    "failover",
-    "net_failover",
-    "virtio_net",
-    "llc",
-    "stp",
-    "garp",
-    "mrp",
-    "8021q",
-];
+/// Modules that guests need; those they depend on are added. Those that a kernel has built in are left out.
+const MODULES: [&str; 3] = ["virtio_pci", "virtio_net", "8021q"];
 
 /// An unpacked kernel.
 #[derive(Debug)]
@@ -102,21 +88,40 @@ fn unpack_once(dir: &Path, name: &str, get: impl FnOnce(&Path) -> Result<PathBuf
         fs::create_dir(&out)?;
         let bzimage = find(&tree.join("boot"), |n| n.starts_with("vmlinuz-"))?.context("no vmlinuz in the package")?;
         fs::write(out.join("vmlinux"), extract_vmlinux(&fs::read(bzimage)?)?)?;
-        let mut order = String::new();
+        let mut order = Vec::new();
         for module in MODULES {
-            let wanted = format!("{module}.ko");
-            if let Some(file) = find(&tree.join("lib/modules"), |n| n == wanted)? {
-                fs::copy(file, out.join(&wanted))?;
-                order += &format!("{wanted}\n");
-            }
+            add_module(&tree.join("lib/modules"), module, &out, &mut order)?;
         }
-        if !order.contains("virtio_net.ko") {
+        if !order.iter().any(|m| m == "virtio_net.ko") {
             bail!("{}: no uncompressed virtio_net module", deb.display());
         }
+        let order: String = order.iter().map(|m| format!("{m}\n")).collect();
         fs::write(out.join("order"), order)?;
         fs::rename(&out, &done)?;
     }
     load(&done)
+}
+
+/// Copies a module, and before it those it depends on, and notes the order.
+fn add_module(tree: &Path, name: &str, out: &Path, order: &mut Vec<String>) -> Result<()> {
+    let wanted = format!("{name}.ko");
+    if order.contains(&wanted) {
+        return Ok(());
+    }
+    let Some(file) = find(tree, |n| n == wanted || n == wanted.replace('_', "-"))? else { return Ok(()) };
+    let content = fs::read(&file)?;
+    for needed in depends(&content) {
+        add_module(tree, &needed, out, order)?;
+    }
+    fs::write(out.join(&wanted), content)?;
+    order.push(wanted);
+    Ok(())
+}
+
+/// What a module depends on: the entry `depends=a,b` among the NUL-terminated strings of its `.modinfo`.
+fn depends(module: &[u8]) -> Vec<String> {
+    let entry = module.split(|b| *b == 0).find_map(|s| s.strip_prefix(b"depends=")).unwrap_or_default();
+    String::from_utf8_lossy(entry).split(',').filter(|s| !s.is_empty()).map(String::from).collect()
 }
 
 fn load(done: &Path) -> Result<Kernel> {
@@ -277,6 +282,23 @@ mod tests {
             assert_eq!(extract_vmlinux(&bzimage(&packed)).unwrap(), elf, "{program}");
         }
         assert_eq!(extract_vmlinux(&bzimage(&elf)).unwrap(), elf, "uncompressed");
+    }
+
+    #[test]
+    fn modules_come_after_those_they_depend_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, out) = (dir.path().join("tree"), dir.path().join("out"));
+        fs::create_dir_all(tree.join("drivers")).unwrap();
+        fs::create_dir(&out).unwrap();
+        for (file, depends) in [("a", "b_x,c"), ("b-x", "c"), ("c", "")] {
+            let content = format!("ELF\0license=GPL\0depends={depends}\0name=x\0");
+            fs::write(tree.join(format!("drivers/{file}.ko")), content).unwrap();
+        }
+        let mut order = Vec::new();
+        add_module(&tree, "a", &out, &mut order).unwrap();
+        add_module(&tree, "built_in", &out, &mut order).unwrap();
+        assert_eq!(order, ["c.ko", "b_x.ko", "a.ko"]);
+        assert!(out.join("b_x.ko").is_file());
     }
 
     #[test]
