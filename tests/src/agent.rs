@@ -208,8 +208,10 @@ impl Agent {
     /// # Errors
     /// When there is no answer.
     pub fn reach(&self, to: &str) -> Result<()> {
-        self.shell(&format!("for i in 1 2 3 4 5 6 7 8 9 10; do ping -c 1 -W 1 {to} && exit 0; done; ip addr; ip neigh; exit 1"))
-            .map(drop)
+        self.shell(&format!(
+            "for i in 1 2 3 4 5 6 7 8 9 10; do busybox ping -c 1 -W 1 {to} && exit 0; done; ip addr; ip neigh; exit 1"
+        ))
+        .map(drop)
     }
 
     /// Whether a single ping out of `tries` (1 s each) is answered.
@@ -217,7 +219,7 @@ impl Agent {
     /// # Errors
     /// When the agent does not answer.
     pub fn can_ping(&self, to: &str, tries: u32) -> Result<bool> {
-        let script = format!("for i in $(seq {tries}); do ping -c 1 -W 1 {to} && exit 0; done; exit 1");
+        let script = format!("for i in $(seq {tries}); do busybox ping -c 1 -W 1 {to} && exit 0; done; exit 1");
         Ok(self.shell_status(&script)?.status == Some(0))
     }
 
@@ -225,7 +227,14 @@ impl Agent {
     ///
     /// # Errors
     /// When the agent is gone.
-    pub fn start_transfer(&self, to: IpAddr, direction: Direction, seed: u64, bytes: u64, pace: u32) -> Result<Pending> {
+    pub fn start_transfer(
+        &self,
+        to: IpAddr,
+        direction: Direction,
+        seed: u64,
+        bytes: u64,
+        pace: u32,
+    ) -> Result<Pending> {
         let to = SocketAddr::new(to, STREAM_PORT);
         self.start(Command::Transfer { to, direction, seed, bytes, pace_mb_per_s: pace, timeout_ms: 60_000 })
     }

@@ -27,7 +27,11 @@ pub fn binary(name: &str) -> Result<PathBuf> {
             let exe = std::env::current_exe().context("own path")?;
             // target/PROFILE/deps/test-0123 or target/PROFILE/ferry-demo
             let dir = exe.parent().context("own folder")?;
-            if dir.ends_with("deps") { dir.parent().context("profile folder")?.to_path_buf() } else { dir.to_path_buf() }
+            if dir.ends_with("deps") {
+                dir.parent().context("profile folder")?.to_path_buf()
+            } else {
+                dir.to_path_buf()
+            }
         }
     };
     let path = dir.join(name);

@@ -89,11 +89,7 @@ impl Process {
         })
     }
 
-    fn spawn_with(
-        mut command: Command,
-        log: &Path,
-        wire: impl FnOnce(&mut Command) -> Result<()>,
-    ) -> Result<Self> {
+    fn spawn_with(mut command: Command, log: &Path, wire: impl FnOnce(&mut Command) -> Result<()>) -> Result<Self> {
         let name = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
         let file = File::options().create(true).append(true).open(log).with_context(|| log.display().to_string())?;
         command.stdout(file.try_clone()?).stderr(file);

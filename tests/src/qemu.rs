@@ -73,8 +73,7 @@ impl Nic {
         let queues = if self.queues > 1 { format!(",queues={}", self.queues) } else { String::new() };
         command.arg("-netdev").arg(format!("vhost-user,id=vn{n},chardev=vc{n}{queues}"));
         // vectors=0: with MSI-X this QEMU crashes under TCG and vhost-user when the guest's driver starts.
-        let mut device =
-            format!("virtio-net-pci,id=nic{n},netdev=vn{n},mac={},romfile=,rombar=0,vectors=0", self.mac);
+        let mut device = format!("virtio-net-pci,id=nic{n},netdev=vn{n},mac={},romfile=,rombar=0,vectors=0", self.mac);
         if self.packed {
             device += ",packed=on";
         }
@@ -82,9 +81,19 @@ impl Nic {
             device += ",mq=on";
         }
         if !self.offloads {
-            for feature in
-                ["csum", "gso", "guest_csum", "guest_tso4", "guest_tso6", "guest_ecn", "guest_ufo", "host_tso4", "host_tso6", "host_ecn", "host_ufo"]
-            {
+            for feature in [
+                "csum",
+                "gso",
+                "guest_csum",
+                "guest_tso4",
+                "guest_tso6",
+                "guest_ecn",
+                "guest_ufo",
+                "host_tso4",
+                "host_tso6",
+                "host_ecn",
+                "host_ufo",
+            ] {
                 device += &format!(",{feature}=off");
             }
         }

@@ -1,8 +1,7 @@
 //! The harness itself, with DPDK's own vhost library in the switch's place: what fails here is not Ferry's fault.
-use anyhow::Result;
 use ferry_guest::protocol::Direction;
 use ferry_tests::qemu::{self, GuestBuilder, Nic, Role};
-use ferry_tests::{Scratch, TestpmdBuilder, VirtioUser};
+use ferry_tests::{Outcome, Scratch, TestpmdBuilder, VirtioUser};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ fn addr(s: &str) -> IpAddr {
 }
 
 #[test]
-fn guests_talk_through_a_foreign_switch() -> Result<()> {
+fn guests_talk_through_a_foreign_switch() -> Outcome {
     let scratch = Scratch::new()?;
     let (a_sock, b_sock) = (scratch.join("a.sock"), scratch.join("b.sock"));
     let mut switch = TestpmdBuilder::new()
@@ -49,7 +48,7 @@ fn guests_talk_through_a_foreign_switch() -> Result<()> {
 }
 
 #[test]
-fn a_transfer_that_is_not_what_was_asked_for_is_noticed() -> Result<()> {
+fn a_transfer_that_is_not_what_was_asked_for_is_noticed() -> Outcome {
     let scratch = Scratch::new()?;
     let ns = ferry_tests::Netns::new(scratch.path())?;
     let to = addr("127.0.0.1");
@@ -61,7 +60,7 @@ fn a_transfer_that_is_not_what_was_asked_for_is_noticed() -> Result<()> {
 }
 
 #[test]
-fn namespaces_talk_over_veth_and_vanish() -> Result<()> {
+fn namespaces_talk_over_veth_and_vanish() -> Outcome {
     let scratch = Scratch::new()?;
     let (one, two) = (ferry_tests::Netns::new(scratch.path())?, ferry_tests::Netns::new(scratch.path())?);
     one.veth("v0", &two, "v0")?;
@@ -73,11 +72,12 @@ fn namespaces_talk_over_veth_and_vanish() -> Result<()> {
     drop(one);
     assert!(!std::path::Path::new("/run/netns").join(name).exists());
     // The kernel takes namespaces down in the background.
-    ferry_tests::wait::until("end of the veth pair", Duration::from_secs(10), || !two.has_interface("v0"))
+    ferry_tests::wait::until("end of the veth pair", Duration::from_secs(10), || !two.has_interface("v0"))?;
+    Ok(())
 }
 
 #[test]
-fn testpmd_counts_what_it_sends_and_receives() -> Result<()> {
+fn testpmd_counts_what_it_sends_and_receives() -> Outcome {
     let scratch = Scratch::new()?;
     let socket = scratch.join("p.sock");
     let mut server = TestpmdBuilder::new()

@@ -75,7 +75,8 @@ fn download(package: &str, version: &str, into: &Path) -> Result<PathBuf> {
 
 /// Unpacks into `dir/kernel-NAME`, complete or not at all.
 fn unpack_once(dir: &Path, name: &str, get: impl FnOnce(&Path) -> Result<PathBuf>) -> Result<Kernel> {
-    let name: String = name.chars().map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' }).collect();
+    let name: String =
+        name.chars().map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' }).collect();
     let done = dir.join(format!("kernel-{name}"));
     if !done.is_dir() {
         let work = tempfile::Builder::new().prefix("unpack").tempdir_in(dir)?;

@@ -67,7 +67,17 @@ fn build_agent(dir: &Path) -> Result<PathBuf> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
         .current_dir(paths::workspace())
-        .args(["build", "--quiet", "--package", "ferry-guest", "--profile", "guest", "--target", TARGET, "--target-dir"])
+        .args([
+            "build",
+            "--quiet",
+            "--package",
+            "ferry-guest",
+            "--profile",
+            "guest",
+            "--target",
+            TARGET,
+            "--target-dir",
+        ])
         .arg(&target_dir)
         // Explicit target: proc macros and build scripts are built without these flags.
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
