@@ -1,1 +1,3 @@
 //! ferryd and ferry: configuration, local API, metrics.
+
+pub mod config;
