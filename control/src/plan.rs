@@ -68,8 +68,13 @@ pub enum Step {
     },
     /// Removes a bridge without ports.
     RemoveBridge(BridgeConfig),
-    /// Adds a port; its queues are placed by [`Step::Assign`].
-    AddPort(PortConfig),
+    /// Adds a port.
+    AddPort {
+        /// What it is.
+        port: PortConfig,
+        /// PMD thread of each receive queue.
+        placed: Vec<usize>,
+    },
     /// Changes what the switch keeps of a port; the port itself is not disturbed.
     UpdatePort {
         /// Before.
@@ -81,17 +86,17 @@ pub enum Step {
     RemovePort {
         /// What it was.
         port: PortConfig,
-        /// Where its queues were, by queue.
+        /// PMD thread of each receive queue.
         placed: Vec<usize>,
     },
-    /// Gives a receive queue to a PMD thread.
+    /// Moves a receive queue to another PMD thread.
     Assign {
         /// The port.
         port: String,
         /// The queue.
         queue: u32,
-        /// The thread before; `None`: none yet.
-        from: Option<usize>,
+        /// The thread before.
+        from: usize,
         /// The thread after.
         to: usize,
     },
@@ -105,9 +110,9 @@ pub enum Step {
 }
 
 impl Step {
-    /// The steps that take this one back.
-    pub fn undo(self) -> Vec<Step> {
-        vec![match self {
+    /// The step that takes this one back.
+    pub fn undo(self) -> Step {
+        match self {
             Step::SetDpdk { from, to } => Step::SetDpdk { from: to, to: from },
             Step::AddPmd { index, spec } => Step::RemovePmd { index, spec },
             Step::RemovePmd { index, spec } => Step::AddPmd { index, spec },
@@ -115,23 +120,12 @@ impl Step {
             Step::AddBridge(b) => Step::RemoveBridge(b),
             Step::RemoveBridge(b) => Step::AddBridge(b),
             Step::UpdateBridge { from, to } => Step::UpdateBridge { from: to, to: from },
-            Step::AddPort(port) => Step::RemovePort { port, placed: Vec::new() },
-            Step::RemovePort { port, placed } => {
-                let name = port.name.clone();
-                let assign = placed.into_iter().zip(0..).map(|(to, queue)| Step::Assign {
-                    port: name.clone(),
-                    queue,
-                    from: None,
-                    to,
-                });
-                return std::iter::once(Step::AddPort(port)).chain(assign).collect();
-            }
+            Step::AddPort { port, placed } => Step::RemovePort { port, placed },
+            Step::RemovePort { port, placed } => Step::AddPort { port, placed },
             Step::UpdatePort { from, to } => Step::UpdatePort { from: to, to: from },
-            // The port was new: it goes as a whole.
-            Step::Assign { from: None, .. } => return Vec::new(),
-            Step::Assign { port, queue, from: Some(from), to } => Step::Assign { port, queue, from: Some(to), to: from },
+            Step::Assign { port, queue, from, to } => Step::Assign { port, queue, from: to, to: from },
             Step::SetLogLevel { from, to } => Step::SetLogLevel { from: to, to: from },
-        }]
+        }
     }
 }
 
@@ -145,7 +139,7 @@ impl fmt::Display for Step {
             Step::AddBridge(b) => write!(f, "add bridge {}", b.name),
             Step::UpdateBridge { to, .. } => write!(f, "change bridge {}", to.name),
             Step::RemoveBridge(b) => write!(f, "remove bridge {}", b.name),
-            Step::AddPort(p) => write!(f, "add port {}", p.name),
+            Step::AddPort { port, .. } => write!(f, "add port {}", port.name),
             Step::UpdatePort { to, .. } => write!(f, "change port {}", to.name),
             Step::RemovePort { port, .. } => write!(f, "remove port {}", port.name),
             Step::Assign { port, queue, to, .. } => write!(f, "assign port {port} queue {queue} to PMD thread {to}"),
@@ -203,36 +197,48 @@ pub fn plan(from: &State, to: &Config, dpdk_started: bool) -> Plan {
 
     let added: Vec<&PortConfig> = to.port.iter().filter(|p| running.port(&p.name).is_none()).collect();
     let removed: Vec<&PortConfig> = running.port.iter().filter(|p| to.port(&p.name).is_none()).collect();
-    let kept: Vec<(&PortConfig, &PortConfig)> =
-        to.port.iter().filter_map(|new| Some((running.port(&new.name)?, new))).filter(|(old, new)| old != new).collect();
+    let kept: Vec<(&PortConfig, &PortConfig)> = to
+        .port
+        .iter()
+        .filter_map(|new| Some((running.port(&new.name)?, new)))
+        .filter(|(old, new)| old != new)
+        .collect();
     let (changed, recreated): (Vec<_>, Vec<_>) = kept.into_iter().partition(|(old, new)| old.live_change(new));
-    let remove = |port: &PortConfig| Step::RemovePort { port: port.clone(), placed: placed(from, port) };
+    let fresh: BTreeSet<&str> =
+        added.iter().map(|p| p.name.as_str()).chain(recreated.iter().map(|(_, new)| new.name.as_str())).collect();
+    let placement = place(&from.placement, &fresh, &to, pmds.len());
+    let remove = |port: &PortConfig| Step::RemovePort { port: port.clone(), placed: placed(&from.placement, port) };
+    let add = |port: &PortConfig| Step::AddPort { port: port.clone(), placed: placed(&placement, port) };
 
     // What one port gives up and another takes must be free first.
-    let wanted: BTreeSet<(String, &str)> =
-        added.iter().copied().chain(recreated.iter().map(|(_, new)| *new)).map(|p| (p.resource(), p.name.as_str())).collect();
+    let wanted: BTreeSet<(String, &str)> = added
+        .iter()
+        .copied()
+        .chain(recreated.iter().map(|(_, new)| *new))
+        .map(|p| (p.resource(), p.name.as_str()))
+        .collect();
     let full = running.port.len() + added.len() > MAX_PORTS;
-    let contested =
-        |old: &PortConfig| full || wanted.iter().any(|(resource, name)| *resource == old.resource() && *name != old.name);
+    let contested = |old: &PortConfig| {
+        full || wanted.iter().any(|(resource, name)| *resource == old.resource() && *name != old.name)
+    };
     let (early, late): (Vec<&PortConfig>, Vec<&PortConfig>) = removed.into_iter().partition(|p| contested(p));
     let (recreated_early, recreated_late): (Vec<_>, Vec<_>) = recreated.iter().partition(|(old, _)| contested(old));
 
     steps.extend(early.into_iter().map(remove));
     steps.extend(recreated_early.iter().map(|(old, _)| remove(old)));
-    steps.extend(added.iter().map(|p| Step::AddPort((*p).clone())));
-    steps.extend(recreated_early.iter().map(|(_, new)| Step::AddPort((*new).clone())));
+    steps.extend(added.iter().map(|p| add(p)));
+    steps.extend(recreated_early.iter().map(|(_, new)| add(new)));
     steps.extend(changed.iter().map(|(old, new)| Step::UpdatePort { from: (*old).clone(), to: (*new).clone() }));
     for (old, new) in &recreated_late {
-        steps.extend([remove(old), Step::AddPort((*new).clone())]);
+        steps.extend([remove(old), add(new)]);
     }
 
-    let fresh: BTreeSet<&str> =
-        added.iter().map(|p| p.name.as_str()).chain(recreated.iter().map(|(_, new)| new.name.as_str())).collect();
-    let placement = place(&from.placement, &fresh, &to, pmds.len());
     for ((port, queue), &pmd) in &placement {
-        let before = from.placement.get(&(port.clone(), *queue)).copied().filter(|_| !fresh.contains(port.as_str()));
-        if before != Some(pmd) {
-            steps.push(Step::Assign { port: port.clone(), queue: *queue, from: before, to: pmd });
+        match from.placement.get(&(port.clone(), *queue)) {
+            Some(&before) if before != pmd && !fresh.contains(port.as_str()) => {
+                steps.push(Step::Assign { port: port.clone(), queue: *queue, from: before, to: pmd });
+            }
+            _ => {}
         }
     }
 
@@ -247,8 +253,8 @@ pub fn plan(from: &State, to: &Config, dpdk_started: bool) -> Plan {
     Plan { steps, target: State { config: to, pmds, placement }, restart_required, restarted_ports }
 }
 
-fn placed(state: &State, port: &PortConfig) -> Vec<usize> {
-    (0..port.rx_queues()).filter_map(|q| state.placement.get(&(port.name.clone(), q)).copied()).collect()
+fn placed(placement: &Placement, port: &PortConfig) -> Vec<usize> {
+    (0..port.rx_queues()).filter_map(|q| placement.get(&(port.name.clone(), q)).copied()).collect()
 }
 
 /// Puts back what cannot change while the daemon runs, and names it.

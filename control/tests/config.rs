@@ -172,8 +172,15 @@ fn catalogue_of_errors() {
         (vhost("rxq_affinity = [0, 1]"), "8:20", "there is no PMD thread 1", "numbered 0 to 0"),
         (vhost("vlan = { mode = \"trunk\", tag = 3 }"), "8:32", "no VLAN for untagged", "native-tagged"),
         (vhost("vlan = { mode = \"native-tagged\" }"), "8:1", "native VLAN is missing", "add `tag`"),
-        (vhost("vlan = { trunks = [3] }"), "8:19", "carries one VLAN only", "mode \"trunk\""),
+        (vhost("vlan = { mode = \"access\" }"), "8:1", "access VLAN is missing", "add `tag`"),
+        (
+            vhost("vlan = { mode = \"access\", tag = 2, trunks = [3] }"),
+            "8:45",
+            "carries one VLAN only",
+            "mode \"trunk\"",
+        ),
         (vhost("vlan = { mode = \"trunk\", trunks = [3, \"9-4\"] }"), "8:39", "\"9-4\" is not a VLAN", "100-199"),
+        (vhost("vlan = { mode = \"native-tagged\", tag = 2, trunks = [0] }"), "8:53", "VLAN 0 stands for", "remove it"),
         (vhost("features = { csum = false }"), "8:1", "needs checksum offload", "features.tso = false"),
         (dpdk("rx_descriptors = 1000"), "8:18", "power of two", "use 1024"),
         (dpdk("mbufs = 1024"), "8:9", "do not fill", "at least 2048"),
@@ -217,8 +224,8 @@ fn two_ports_cannot_share_a_socket_or_take_the_apis() {
 
 #[test]
 fn limits_on_counts_and_sizes() {
-    let many: String = (0..65).map(|i| format!("[[bridge]]\nname = \"b{i}\"\n")).collect();
-    assert!(errors(&many).contains("has 65 entries, at most 64"));
+    let many: String = (0..257).map(|i| format!("[[bridge]]\nname = \"b{i}\"\n")).collect();
+    assert!(errors(&many).contains("has 257 entries, at most 256"));
     let long = format!("[[bridge]]\nname = \"{}\"\n", "n".repeat(65));
     assert!(errors(&long).contains("not a valid name"));
     let path = format!("type = \"vhost-user\"\nsocket = \"/{}\"", "p".repeat(107));
@@ -251,7 +258,7 @@ fn defaults_of_an_empty_file() {
 #[test]
 fn vhost_port_defaults() {
     let c = config::parse("f", &with_port("type = \"vhost-user\"\nsocket = \"/run/a\"")).unwrap();
-    assert_eq!(c.port[0].vlan.untagged(), Some(1));
+    assert_eq!(c.port[0].vlan.mode, VlanKind::Trunk);
     assert!(c.port[0].admin_up);
     let PortKind::VhostUser(v) = &c.port[0].kind else { panic!() };
     assert_eq!(v.queue_pairs, 1);

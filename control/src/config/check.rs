@@ -192,6 +192,9 @@ fn check_port(config: &Config, port: &PortConfig, at: &str, problems: &mut Vec<P
 fn check_vlan(vlan: &VlanConfig, at: &str, problems: &mut Vec<Problem>) {
     let fault = |key: &str, what: &str, fix: &str| Problem::value(format!("{at}.{key}"), what, fix);
     match vlan.mode {
+        VlanKind::Access if vlan.tag.is_none() => {
+            problems.push(fault("tag", "the access VLAN is missing", "add `tag`"));
+        }
         VlanKind::Access if !vlan.trunks.is_empty() => problems.push(fault(
             "trunks",
             "an access port carries one VLAN only",
@@ -200,11 +203,19 @@ fn check_vlan(vlan: &VlanConfig, at: &str, problems: &mut Vec<Problem>) {
         VlanKind::Trunk if vlan.tag.is_some() => problems.push(fault(
             "tag",
             "a port of mode \"trunk\" has no VLAN for untagged frames",
-            "remove `tag`, or use mode \"native-tagged\" or \"native-untagged\"",
+            "remove `tag`, or use mode \"access\", \"native-tagged\" or \"native-untagged\"",
         )),
         VlanKind::NativeTagged | VlanKind::NativeUntagged if vlan.tag.is_none() => {
             problems.push(fault("tag", "the native VLAN is missing", "add `tag`, or use mode \"trunk\""));
         }
         _ => {}
+    }
+    let native = matches!(vlan.mode, VlanKind::NativeTagged | VlanKind::NativeUntagged);
+    if let Some(i) = vlan.trunks.iter().position(|t| t.bounds().is_some_and(|(lo, _)| lo == 0)).filter(|_| native) {
+        problems.push(fault(
+            &format!("trunks[{i}]"),
+            "VLAN 0 stands for untagged frames, which belong to the native VLAN here",
+            "remove it",
+        ));
     }
 }

@@ -1,13 +1,15 @@
 //! The configuration as the daemon uses it. Every key is documented in [`super::schema`], which also
 //! holds the limits that are checked before a value gets here.
+use ferry_dataplane::bridge::fdb::{DEFAULT_AGEING_S, DEFAULT_CAPACITY};
+use ferry_dataplane::bridge::vlan::VlanMode;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// Most ports of one switch.
-pub const MAX_PORTS: usize = 1024;
+pub const MAX_PORTS: usize = ferry_dataplane::bridge::fdb::MAX_PORTS;
 /// Most bridges of one switch.
-pub const MAX_BRIDGES: usize = 64;
+pub const MAX_BRIDGES: usize = ferry_dataplane::bridge::MAX_BRIDGES;
 /// Most PMD threads: one reader slot of the quiescence domain is left for the control side.
 pub const MAX_PMDS: usize = 63;
 /// Longest name of a bridge or port, characters.
@@ -180,7 +182,7 @@ pub struct BridgeConfig {
 
 impl Default for BridgeConfig {
     fn default() -> Self {
-        Self { name: String::new(), fdb_capacity: 8192, fdb_ageing_s: 300 }
+        Self { name: String::new(), fdb_capacity: DEFAULT_CAPACITY, fdb_ageing_s: DEFAULT_AGEING_S }
     }
 }
 
@@ -218,7 +220,7 @@ fn default_mtu() -> u16 {
     1500
 }
 fn default_fdb_limit() -> u32 {
-    1024
+    ferry_dataplane::bridge::fdb::DEFAULT_PORT_LIMIT
 }
 
 /// The types of port.
@@ -339,9 +341,9 @@ fn default_mbufs() -> u32 {
 #[serde(rename_all = "kebab-case")]
 pub enum VlanKind {
     /// Untagged frames only, all of VLAN `tag`.
-    #[default]
     Access,
-    /// Tagged frames only, of the VLANs `trunks`.
+    /// Tagged frames of the VLANs `trunks`; VLAN 0 stands for untagged frames.
+    #[default]
     Trunk,
     /// A trunk that takes untagged frames as VLAN `tag` and sends that VLAN tagged.
     NativeTagged,
@@ -355,10 +357,10 @@ pub enum VlanKind {
 pub struct VlanConfig {
     /// How the port belongs to VLANs.
     pub mode: VlanKind,
-    /// Access or native VLAN; absent: 1 for access ports.
+    /// Access or native VLAN.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tag: Option<u16>,
-    /// VLANs of a trunk; empty: all.
+    /// VLANs of a trunk; empty: all, and untagged frames.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub trunks: Vec<VlanItem>,
 }
@@ -374,7 +376,7 @@ pub enum VlanItem {
 }
 
 impl VlanItem {
-    /// First and last VLAN; `None` when it is not one to 4094 or the range runs backwards.
+    /// First and last VLAN; `None` when one is above 4094 or the range runs backwards.
     pub fn bounds(&self) -> Option<(u16, u16)> {
         let (lo, hi) = match self {
             VlanItem::Id(id) => (*id, *id),
@@ -386,26 +388,26 @@ impl VlanItem {
                 }
             },
         };
-        ((1..=4094).contains(&lo) && lo <= hi && hi <= 4094).then_some((lo, hi))
+        (lo <= hi && hi <= 4094).then_some((lo, hi))
     }
 }
 
 impl VlanConfig {
-    /// The VLAN of untagged frames, if the port takes them.
-    pub fn untagged(&self) -> Option<u16> {
-        match self.mode {
-            VlanKind::Access => Some(self.tag.unwrap_or(1)),
-            VlanKind::Trunk => None,
-            VlanKind::NativeTagged | VlanKind::NativeUntagged => self.tag,
-        }
+    /// The VLANs listed in `trunks`, in order and once each; empty when none are listed (which means all).
+    pub fn trunk_vids(&self) -> BTreeSet<u16> {
+        self.trunks.iter().filter_map(VlanItem::bounds).flat_map(|(lo, hi)| lo..=hi).collect()
     }
 
-    /// The VLANs of a trunk, without the native one unless it is listed; all of them when none are listed.
-    pub fn trunk_vids(&self) -> BTreeSet<u16> {
-        if self.trunks.is_empty() {
-            return (1..=4094).collect();
+    /// As the switch takes it. A missing `tag` was refused by the checks; 0 would be refused by the switch.
+    pub fn mode(&self) -> VlanMode {
+        let trunks: Vec<u16> = self.trunk_vids().into_iter().collect();
+        let tag = self.tag.unwrap_or(0);
+        match self.mode {
+            VlanKind::Access => VlanMode::Access { tag },
+            VlanKind::Trunk => VlanMode::Trunk { trunks },
+            VlanKind::NativeTagged => VlanMode::NativeTagged { tag, trunks },
+            VlanKind::NativeUntagged => VlanMode::NativeUntagged { tag, trunks },
         }
-        self.trunks.iter().filter_map(VlanItem::bounds).flat_map(|(lo, hi)| lo..=hi).collect()
     }
 }
 

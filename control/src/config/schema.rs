@@ -249,7 +249,7 @@ pub static PORT: Section = Section {
         opt(
             "fdb_limit",
             Kind::Int(0, 1_048_576),
-            "1024",
+            "256",
             "Most MAC addresses learned behind this port, so that it cannot use up the bridge's.",
         ),
         opt(
@@ -328,15 +328,15 @@ pub static VLAN: Section = plain(
         opt(
             "mode",
             Kind::Text(Text::OneOf(&["access", "trunk", "native-tagged", "native-untagged"])),
-            "\"access\"",
-            "\"access\": untagged frames of one VLAN. \"trunk\": tagged frames of the VLANs in `trunks`. \"native-tagged\" and \"native-untagged\": a trunk whose untagged frames belong to VLAN `tag`, sent tagged or untagged.",
+            "\"trunk\"",
+            "\"access\": untagged frames, all of VLAN `tag`. \"trunk\": frames of the VLANs in `trunks`; with none listed the port is transparent to tags. \"native-tagged\" and \"native-untagged\": a trunk whose untagged frames belong to VLAN `tag`, sent tagged or untagged.",
         ),
-        opt("tag", Kind::Int(1, 4094), "", "Access or native VLAN. Absent: 1 for mode \"access\"."),
+        opt("tag", Kind::Int(1, 4094), "", "Access or native VLAN. Required for every mode but \"trunk\"."),
         opt(
             "trunks",
             Kind::List(&Kind::Vlan, 4094),
             "[]",
-            "VLANs that a trunk carries: numbers and ranges such as \"100-199\". Empty: all.",
+            "VLANs that a trunk carries: numbers and ranges such as \"100-199\". In mode \"trunk\" 0 stands for untagged frames. Empty: all.",
         ),
     ],
 );
@@ -464,7 +464,7 @@ pub fn check_value(kind: &Kind, value: &Value, path: &str, problems: &mut Vec<Pr
             if item.and_then(|i| i.bounds()).is_none() {
                 wrong(
                     format!("{} is not a VLAN or a range of VLANs", describe(v)),
-                    "give a number from 1 to 4094, or a range such as \"100-199\"",
+                    "give a number from 0 to 4094, or a range such as \"100-199\"",
                 );
             }
         }

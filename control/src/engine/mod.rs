@@ -1,4 +1,9 @@
 //! What the daemon asks of the switch, and what it is told.
+pub mod sleeper;
+mod switch_engine;
+
+pub use switch_engine::{Opened, Opener, PortHandle, SwitchEngine};
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
@@ -42,16 +47,16 @@ pub trait Engine: Send {
     fn update_bridge(&mut self, bridge: &BridgeConfig) -> Result<(), EngineError>;
     /// Removes a bridge without ports.
     fn remove_bridge(&mut self, name: &str) -> Result<(), EngineError>;
-    /// Adds a port. Its queues are not served before [`Self::assign`].
-    fn add_port(&mut self, port: &PortConfig) -> Result<(), EngineError>;
+    /// Adds a port; `placed[i]` is the PMD thread of receive queue i.
+    fn add_port(&mut self, port: &PortConfig, placed: &[usize]) -> Result<(), EngineError>;
     /// Changes what the switch keeps of a port, without disturbing it.
     fn update_port(&mut self, port: &PortConfig) -> Result<(), EngineError>;
     /// Removes a port; its socket or device is free afterwards.
     fn remove_port(&mut self, name: &str) -> Result<(), EngineError>;
-    /// Gives receive queue `queue` of `port` to PMD thread `pmd`.
+    /// Moves receive queue `queue` of `port` to PMD thread `pmd`.
     fn assign(&mut self, port: &str, queue: u32, pmd: usize) -> Result<(), EngineError>;
-    /// Sends a frame into `bridge` as if it had come in from `ingress`.
-    fn inject(&mut self, bridge: &str, ingress: &str, frame: &[u8]) -> Result<(), EngineError>;
+    /// Sends a frame of the switch's own as if it had come in from the port `ingress`.
+    fn inject(&mut self, ingress: &str, frame: &[u8]) -> Result<(), EngineError>;
     /// The bridge's learned addresses.
     fn fdb(&self, bridge: &str) -> Result<Vec<FdbEntry>, EngineError>;
     /// Forgets learned addresses, all or those behind `port`; returns how many.
@@ -60,6 +65,8 @@ pub trait Engine: Send {
     fn port_state(&self, name: &str) -> Result<PortState, EngineError>;
     /// All counters.
     fn stats(&self) -> Stats;
+    /// Ends everything in order: ports closed, sockets removed, threads stopped.
+    fn shutdown(&mut self);
 }
 
 /// How a port is doing.
@@ -93,8 +100,21 @@ pub struct FdbEntry {
 pub struct Stats {
     /// By port.
     pub ports: Vec<PortStats>,
+    /// Frames that the switch originated itself (announcements).
+    #[serde(default)]
+    pub originated: RxStats,
+    /// Sums over ports that were removed, so that totals never go back.
+    #[serde(default)]
+    pub removed: RxStats,
     /// By PMD thread.
     pub pmds: Vec<PmdStats>,
+}
+
+impl Stats {
+    /// Every input: the queues of all ports, what was originated, and ports of the past.
+    pub fn inputs(&self) -> impl Iterator<Item = &RxStats> {
+        self.ports.iter().flat_map(|p| &p.rx).chain([&self.originated, &self.removed])
+    }
 }
 
 /// Counters of a port.
@@ -108,6 +128,9 @@ pub struct PortStats {
     pub rx: Vec<RxStats>,
     /// What went out, all PMD threads together.
     pub tx: TxStats,
+    /// Addresses learned behind it.
+    #[serde(default)]
+    pub fdb_entries: u32,
 }
 
 /// What came in through one receive queue.
@@ -164,8 +187,12 @@ pub struct PmdStats {
     pub iterations: u64,
     /// How often it went to sleep.
     pub sleeps: u64,
-    /// How often it was woken before its time was over.
-    pub wakeups: u64,
+    /// Time slept, nanoseconds.
+    pub sleep_ns: u64,
+    /// Frames received.
+    pub frames: u64,
+    /// Bursts that held at least one frame.
+    pub bursts: u64,
     /// Queues it serves, as `port/queue`.
     pub queues: Vec<String>,
 }
