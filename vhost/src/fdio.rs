@@ -39,8 +39,7 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], fds: &mut Vec<OwnedFd>
     msg.msg_controllen = unsafe { libc::CMSG_SPACE((MAX_RECEIVED_FDS * mem::size_of::<RawFd>()) as u32) } as _;
     let bytes = loop {
         // SAFETY: all pointers in `msg` are to live buffers of the stated lengths.
-        let n =
-            unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut msg, libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) };
+        let n = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut msg, libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) };
         if n >= 0 {
             break n as usize;
         }
@@ -98,8 +97,7 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[RawFd]) -> io::Result<u
     }
     loop {
         // SAFETY: all pointers in `msg` are to live buffers of the stated lengths.
-        let n =
-            unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const msg, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+        let n = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const msg, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
         if n >= 0 {
             return Ok(n as usize);
         }
@@ -226,13 +224,8 @@ pub fn prepare_event(fd: BorrowedFd<'_>) -> io::Result<()> {
 /// # Errors
 /// For FUSE and network file systems, and when fstatfs fails.
 pub fn check_pages_are_local(fd: BorrowedFd<'_>) -> io::Result<()> {
-    const REMOTE: [(i64, &str); 5] = [
-        (0x6573_5546, "FUSE"),
-        (0x6969, "NFS"),
-        (0xff53_4d42, "CIFS"),
-        (0x0102_1997, "9p"),
-        (0x00c3_6400, "Ceph"),
-    ];
+    const REMOTE: [(i64, &str); 5] =
+        [(0x6573_5546, "FUSE"), (0x6969, "NFS"), (0xff53_4d42, "CIFS"), (0x0102_1997, "9p"), (0x00c3_6400, "Ceph")];
     // SAFETY: statfs is a C struct of integers; fstatfs fills it.
     let kind = unsafe {
         let mut s: libc::statfs = mem::zeroed();

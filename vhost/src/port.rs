@@ -157,12 +157,8 @@ impl VhostPort {
         session.describe(&mut status);
         status.state = if listener.is_some() { "listening" } else { "connecting" }.into();
         let thread_name: String = format!("vhost-{}", config.name).chars().take(15).collect();
-        let shared = Arc::new(Shared {
-            config,
-            stop: AtomicBool::new(false),
-            wake: Event::new()?,
-            status: Mutex::new(status),
-        });
+        let shared =
+            Arc::new(Shared { config, stop: AtomicBool::new(false), wake: Event::new()?, status: Mutex::new(status) });
         let mut worker = Worker {
             shared: Arc::clone(&shared),
             queues: Arc::clone(&queues),

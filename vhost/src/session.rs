@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-    VhostUserMemoryRegion, VhostUserSharedMsg, VhostUserShMemConfig, VhostUserSingleMemoryRegion,
+    VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion,
     VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
@@ -179,7 +179,8 @@ impl Session {
         if vring.running || !vring.enabled {
             return Ok(());
         }
-        let (Some(size), Some(areas), Some(mut base), Some(kick)) = (vring.size, vring.areas, vring.base, vring.kick.clone())
+        let (Some(size), Some(areas), Some(mut base), Some(kick)) =
+            (vring.size, vring.areas, vring.base, vring.kick.clone())
         else {
             return Ok(());
         };
