@@ -6,6 +6,8 @@
 
 pub mod dirty_log;
 mod eventfd;
+#[cfg(any(test, fuzzing, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod memory;
 pub mod net_header;
 pub mod queue;

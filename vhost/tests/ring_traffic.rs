@@ -372,11 +372,12 @@ fn a_frame_that_does_not_fit_leaves_the_ring_as_it_was() {
 /// Every page that changed is marked, and no page that did not.
 #[test]
 fn the_dirty_log_covers_exactly_what_was_written() {
-    for bits in 0..64 {
+    // Used rings of one page, and of several: then the index lies in another page than the entries.
+    for (bits, size) in (0..64).map(|b| (b, 64)).chain([(0, 1024), (8, 2048), (1, 1024), (9, 600)]) {
         let mut rng = Rng(0xd1e7 + u64::from(bits));
         let features = features_from(bits);
         let mut switch = Switch::new(1);
-        let mut guest = Guest::new(features, 64, 2048, 0xffe0);
+        let mut guest = Guest::new(features, size, 2048, 0xffe0);
         let log = DirtyLog::map(&memfd(4096), 0, 4096).unwrap();
         assert!(log.covers(&guest.mem.memory_map()));
         let before_start = guest.mem.all();
@@ -385,7 +386,7 @@ fn the_dirty_log_covers_exactly_what_was_written() {
         writes += check_log(&log, &guest.mem, &before_start);
         for turn in 0..40 {
             guest.post(&mut rng, true);
-            for _ in 0..rng.below(60) {
+            for _ in 0..rng.below(u64::from(size)) {
                 let len = 14 + rng.below(1500) as usize;
                 let payload = rng.bytes(len);
                 if !guest.send(&mut rng, &payload) {
