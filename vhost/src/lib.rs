@@ -8,6 +8,7 @@ pub mod dirty_log;
 mod eventfd;
 mod fdio;
 pub mod features;
+pub mod fuzzing;
 pub mod memory;
 mod message;
 pub mod net_header;
