@@ -15,6 +15,7 @@ use crate::queue::PortQueues;
 use crate::relay::{Relay, RelayCounters, lock};
 use crate::session::{Session, SessionConfig};
 use crate::signals::NoObserver;
+use crate::status::VhostStatus;
 
 /// Bytes of the memory file that fuzzed messages can attach.
 const MEMORY_BYTES: u64 = 1 << 20;
@@ -52,15 +53,24 @@ impl Input<'_> {
 }
 
 /// One session made of `data`: messages of known and unknown kinds, whole, cut and malformed, with memory files and
-/// eventfds attached, while a PMD thread's work is done on the rings in between. Returns how many messages were handled.
+/// eventfds attached, while a PMD thread's work is done on the rings in between. Lack of descriptors or memory ends it early.
 ///
 /// # Panics
-/// Never, whatever the input: that is what it is for. Lack of descriptors or memory ends it early.
-pub fn session(data: &[u8]) -> usize {
+/// Never, whatever the input: that is what it is for.
+pub fn session(data: &[u8]) -> Reached {
     run(data).unwrap_or_default()
 }
 
-fn run(data: &[u8]) -> std::io::Result<usize> {
+/// How far a run came.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reached {
+    /// Messages handled.
+    pub messages: usize,
+    /// Times a ring was started.
+    pub ring_starts: u64,
+}
+
+fn run(data: &[u8]) -> std::io::Result<Reached> {
     let mut input = Input(data);
     let domain = Domain::new();
     let queues = PortQueues::new(2, Arc::clone(&domain))?;
@@ -83,7 +93,7 @@ fn run(data: &[u8]) -> std::io::Result<usize> {
     let (frontend, backend) = UnixStream::pair()?;
     let memory = fdio::anonymous_file(MEMORY_BYTES)?;
     let event = eventfd::new()?;
-    let mut handled = 0;
+    let mut messages = 0;
 
     'session: for _ in 0..MAX_MESSAGES {
         if input.0.is_empty() {
@@ -97,7 +107,7 @@ fn run(data: &[u8]) -> std::io::Result<usize> {
         loop {
             match reader.read(backend.as_fd()) {
                 Ok(Progress::Message(m)) => {
-                    handled += 1;
+                    messages += 1;
                     if relay.handle(m, &mut counters).end.is_some() {
                         break 'session;
                     }
@@ -116,8 +126,10 @@ fn run(data: &[u8]) -> std::io::Result<usize> {
         lock(&session).on_faults();
         lock(&session).on_deadline();
     }
+    let mut status = VhostStatus::default();
+    lock(&session).describe(&mut status);
     lock(&session).disconnect();
-    Ok(handled)
+    Ok(Reached { messages, ring_starts: status.rings.iter().map(|r| r.starts).sum() })
 }
 
 /// The next message: mostly of a known code with the right length, sometimes anything.
@@ -223,7 +235,7 @@ mod tests {
         let mut messages = 0;
         let mut runs = 0;
         for seed in 1..=300 {
-            messages += session(&bytes(seed, 600));
+            messages += session(&bytes(seed, 600)).messages;
             runs += 1;
             // Other tests share the processors.
             if start.elapsed() > Duration::from_secs(20) {
@@ -246,7 +258,7 @@ mod tests {
         data.extend([plain, 9, 1, 0, 64 + 1, 64 + 2, 64 + 3, 0]);
         data.extend([plain, 18, 1, 1]); // SET_VRING_ENABLE
         data.extend([plain, 12, 1]); // SET_VRING_KICK
-        assert_eq!(session(&data), 7);
-        assert_eq!(session(&[]), 0);
+        assert_eq!(session(&data), Reached { messages: 7, ring_starts: 1 });
+        assert_eq!(session(&[]), Reached::default());
     }
 }
