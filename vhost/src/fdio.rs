@@ -129,10 +129,6 @@ impl Wait {
     pub fn hangup(fd: RawFd) -> Self {
         Self { fd, events: libc::POLLRDHUP, revents: 0 }
     }
-    /// Not waited for.
-    pub fn nothing() -> Self {
-        Self { fd: -1, events: 0, revents: 0 }
-    }
     /// True when something happened.
     pub fn fired(&self) -> bool {
         self.revents != 0
@@ -159,46 +155,6 @@ pub fn poll(waits: &mut [Wait], timeout: Option<Duration>) -> io::Result<()> {
     Ok(())
 }
 
-/// An eventfd of this process.
-#[derive(Debug)]
-pub struct Event(OwnedFd);
-
-impl Event {
-    /// A cleared, non-blocking, close-on-exec eventfd.
-    pub fn new() -> io::Result<Self> {
-        // SAFETY: plain system call.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a new descriptor that nobody else owns.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
-    }
-    /// Makes it readable.
-    pub fn signal(&self) {
-        signal_event(self.0.as_raw_fd());
-    }
-    /// Makes it unreadable.
-    pub fn clear(&self) {
-        let mut count = 0u64;
-        // SAFETY: eight bytes into a live u64. EAGAIN (was clear) is as good.
-        unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), 8) };
-    }
-}
-
-impl AsRawFd for Event {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
-}
-
-/// Adds one to an eventfd. Failure (full, or not an eventfd) does not matter: who is signalled already stays so.
-pub fn signal_event(fd: RawFd) {
-    let one = 1u64;
-    // SAFETY: eight bytes from a live u64.
-    unsafe { libc::write(fd, (&raw const one).cast(), 8) };
-}
-
 /// Prepares a kick, call or error descriptor of a frontend: it must be an eventfd, and writing to it must not block a PMD thread.
 ///
 /// # Errors
@@ -217,6 +173,19 @@ pub fn prepare_event(fd: BorrowedFd<'_>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// An unnamed file of `len_bytes` zero bytes in memory.
+pub fn anonymous_file(len_bytes: u64) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call with a constant name.
+    let fd = unsafe { libc::memfd_create(c"ferry".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nobody else owns.
+    let file = unsafe { std::fs::File::from_raw_fd(fd) };
+    file.set_len(len_bytes)?;
+    Ok(file.into())
 }
 
 /// Refuses files whose pages another process or machine supplies on demand: a page fault there may never end, and would hang a PMD thread.
@@ -243,19 +212,19 @@ pub fn check_pages_are_local(fd: BorrowedFd<'_>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::eventfd;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
     #[test]
     fn descriptors_travel_and_a_surplus_is_reported() {
         let (a, b) = UnixStream::pair().unwrap();
-        let event = Event::new().unwrap();
+        let event = eventfd::new().unwrap();
         assert_eq!(send(a.as_fd(), b"abc", &[event.as_raw_fd(); 3]).unwrap(), 3);
         let (mut buf, mut fds) = ([0u8; 8], Vec::new());
         let r = receive(b.as_fd(), &mut buf, &mut fds).unwrap();
         assert_eq!((r.bytes, r.truncated, fds.len()), (3, false, 3));
-        fds[2].as_fd();
-        signal_event(fds[2].as_raw_fd());
+        eventfd::signal(fds[2].as_raw_fd());
         let mut w = [Wait::readable(event.as_raw_fd())];
         poll(&mut w, Some(Duration::ZERO)).unwrap();
         assert!(w[0].fired());
@@ -279,8 +248,6 @@ mod tests {
 
     #[test]
     fn local_files_pass() {
-        // SAFETY: plain system call; the descriptor is owned at once.
-        let memfd = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"t".as_ptr(), libc::MFD_CLOEXEC)) };
-        check_pages_are_local(memfd.as_fd()).unwrap();
+        check_pages_are_local(anonymous_file(4096).unwrap().as_fd()).unwrap();
     }
 }
