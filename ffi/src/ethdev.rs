@@ -277,6 +277,11 @@ fn frame_slot_bytes(devargs: &str) -> Option<u32> {
     devargs.split(',').find_map(|a| a.strip_prefix("framesz=")).and_then(|v| v.parse().ok())
 }
 
+/// Text of an errno value. Many drivers return a bare -1, which is not to be mistaken for EPERM.
+fn reason(errno: i32) -> String {
+    if errno.abs() == 1 { "the driver refused".into() } else { strerror(errno) }
+}
+
 /// A failed call: step, errno value, advice.
 struct Failure {
     step: &'static str,
@@ -552,7 +557,7 @@ fn set_up(
         let ret = unsafe { sys::rte_eth_promiscuous_enable(port) };
         // Devices without the notion see everything.
         if ret < 0 && ret != -libc::ENOTSUP {
-            warnings.push(format!("promiscuous mode was refused: {}", strerror(ret)));
+            warnings.push(format!("promiscuous mode was refused: {}", reason(ret)));
         }
     }
     let signals = (0..rx_queues).map(|q| log::quietly(|| rx_signal(port, q))).collect();
@@ -688,7 +693,7 @@ fn open_on_lane(name: &str, devargs: &str, config: &DeviceConfig) -> Result<Open
         }
         Err(Failure { errno: libc::EEXIST, .. }) => Err(taken()),
         Err(Failure { step, errno, advice }) => {
-            Err(DeviceError::Dpdk { device: name.to_owned(), step, reason: strerror(errno), log, advice })
+            Err(DeviceError::Dpdk { device: devargs.to_owned(), step, reason: reason(errno), log, advice })
         }
     }
 }
@@ -800,7 +805,7 @@ impl EthDevice {
         })?;
         result.map_err(|errno| {
             error(
-                strerror(errno),
+                reason(errno),
                 log,
                 "If the device must be stopped for it, close the uplink and open it with the new MTU",
             )
@@ -813,7 +818,7 @@ impl EthDevice {
         DeviceError::Dpdk {
             device: self.facts.name.clone(),
             step,
-            reason: strerror(errno),
+            reason: reason(errno),
             log: Vec::new(),
             advice: String::new(),
         }
