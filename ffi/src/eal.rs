@@ -62,7 +62,8 @@ impl LogLevel {
 pub struct EalConfig {
     /// Kind of memory.
     pub memory: Memory,
-    /// Memory reserved at start, MiB; all there is with [`Memory::NoHuge`], what is kept with hugepages. An uplink with default settings takes 20 to 30.
+    /// Memory reserved at start and all there is (per NUMA node with hugepages), MiB. An uplink with default
+    /// settings takes 20 to 30.
     pub memory_mb: u32,
     /// Scan the PCI bus. Off, no PCI NIC can be opened later. On, nothing is taken until an uplink asks for it by address.
     pub pci: bool,
@@ -294,6 +295,19 @@ fn resolve_memory(config: &EalConfig) -> Memory {
     }
 }
 
+/// NUMA nodes of the machine, as far as EAL knows any (RTE_MAX_NUMA_NODES is 32).
+fn numa_nodes() -> usize {
+    let nodes = std::fs::read_dir("/sys/devices/system/node").map_or(0, |dir| {
+        dir.flatten()
+            .filter(|e| {
+                let name = e.file_name();
+                name.to_str().and_then(|n| n.strip_prefix("node")).is_some_and(|n| n.parse::<u16>().is_ok())
+            })
+            .count()
+    });
+    nodes.clamp(1, 32)
+}
+
 /// CPUs that the process may use, as EAL writes sets: `0,1,5`.
 fn allowed_cpus() -> String {
     // SAFETY: an all-zero set is valid; sched_getaffinity writes at most its size.
@@ -326,7 +340,13 @@ fn arguments(config: &EalConfig, memory: Memory) -> Result<Vec<CString>, EalErro
     }
     match memory {
         Memory::NoHuge => args.extend(["--no-huge".into(), "--no-shconf".into()]),
-        Memory::Hugepages | Memory::Auto => args.push("--in-memory".into()),
+        Memory::Hugepages | Memory::Auto => {
+            args.push("--in-memory".into());
+            // No growth beyond what is there at start, so that memory has a bound, and because EAL takes over SIGBUS for
+            // the process while it maps further pages.
+            let limits = vec![config.memory_mb.to_string(); numa_nodes()];
+            args.push(format!("--socket-limit={}", limits.join(",")));
+        }
     }
     args.extend(["-m".into(), config.memory_mb.to_string()]);
     if config.pci {

@@ -448,37 +448,36 @@ fn set_up(
     }
 
     // Offloads.
-    let rx_csum_all =
-        sys::FERRY_RX_OFFLOAD_IPV4_CKSUM | sys::FERRY_RX_OFFLOAD_UDP_CKSUM | sys::FERRY_RX_OFFLOAD_TCP_CKSUM;
-    let tx_csum_all = sys::FERRY_TX_OFFLOAD_UDP_CKSUM | sys::FERRY_TX_OFFLOAD_TCP_CKSUM;
+    let rx_csum_needed = sys::FERRY_RX_OFFLOAD_UDP_CKSUM | sys::FERRY_RX_OFFLOAD_TCP_CKSUM;
+    let rx_csum_bits = info.rx_offload_capa & (rx_csum_needed | sys::FERRY_RX_OFFLOAD_IPV4_CKSUM);
+    let tx_csum_bits = sys::FERRY_TX_OFFLOAD_UDP_CKSUM | sys::FERRY_TX_OFFLOAD_TCP_CKSUM;
     let rx_has = |bits: u64| info.rx_offload_capa & bits == bits;
     let tx_has = |bits: u64| info.tx_offload_capa & bits == bits;
     let tx_multi_segment = tx_has(sys::FERRY_TX_OFFLOAD_MULTI_SEGS);
-    let tx_csum = tx_has(tx_csum_all);
+    let tx_csum = tx_has(tx_csum_bits);
+    let tso_ip_csum = tx_has(sys::FERRY_TX_OFFLOAD_IPV4_CKSUM);
+    // virtio segments without recomputing IPv4 header checksums of unsegmented frames; other drivers need the capability.
     let tso = tx_csum
         && tx_multi_segment
-        && tx_has(sys::FERRY_TX_OFFLOAD_TCP_TSO | sys::FERRY_TX_OFFLOAD_IPV4_CKSUM)
+        && tx_has(sys::FERRY_TX_OFFLOAD_TCP_TSO)
+        && (tso_ip_csum || driver.starts_with("net_virtio"))
         && !BROKEN_TSO_DRIVERS.contains(&driver.as_str());
     let offloads = DeviceOffloads {
         tx_csum,
         tso4: tso,
         tso6: tso,
-        rx_csum: rx_has(rx_csum_all),
+        tso_ip_csum: tso && tso_ip_csum,
+        rx_csum: rx_has(rx_csum_needed),
         tx_multi_segment,
         rx_scatter: rx_has(sys::FERRY_RX_OFFLOAD_SCATTER),
     };
-    let mut rx_offloads = 0;
-    let mut tx_offloads = 0;
-    for (on, bits) in [(offloads.rx_csum, rx_csum_all), (offloads.rx_scatter, sys::FERRY_RX_OFFLOAD_SCATTER)] {
-        rx_offloads |= if on { bits } else { 0 };
-    }
-    for (on, bits) in [
-        (tx_csum, tx_csum_all),
-        (tso, sys::FERRY_TX_OFFLOAD_TCP_TSO | sys::FERRY_TX_OFFLOAD_IPV4_CKSUM),
-        (tx_multi_segment, sys::FERRY_TX_OFFLOAD_MULTI_SEGS),
-    ] {
-        tx_offloads |= if on { bits } else { 0 };
-    }
+    let wanted = |on: bool, bits: u64| if on { bits } else { 0 };
+    let rx_offloads =
+        wanted(offloads.rx_csum, rx_csum_bits) | wanted(offloads.rx_scatter, sys::FERRY_RX_OFFLOAD_SCATTER);
+    let tx_offloads = wanted(tx_csum, tx_csum_bits)
+        | wanted(tso, sys::FERRY_TX_OFFLOAD_TCP_TSO)
+        | wanted(offloads.tso_ip_csum, sys::FERRY_TX_OFFLOAD_IPV4_CKSUM)
+        | wanted(tx_multi_segment, sys::FERRY_TX_OFFLOAD_MULTI_SEGS);
 
     // RSS.
     let mut rss_hash_functions = 0;

@@ -399,7 +399,7 @@ unsafe fn hand_over(view: &sys::ferry_segment, burst: &mut RxBurst) {
     }
     // SAFETY: the first segment's bytes; mbufs are private memory, which nobody writes while the burst is held.
     let first = unsafe { core::slice::from_raw_parts(view.data, usize::from(view.data_len).min(SNAPSHOT_BYTES)) };
-    if !burst.finish_frame(mark, offload::received(view.ol_flags, first)) {
+    if !burst.finish_frame(mark, offload::received(view.ol_flags, view.tso_segsz, first)) {
         burst.reject(DropReason::RxTooManySegments);
     }
 }

@@ -477,3 +477,71 @@ fn an_empty_body_and_no_frames_are_no_trouble() {
     assert_eq!((report.accepted, port.in_use()), (0, idle));
     port.close();
 }
+
+/// Ethernet/IPv4/TCP with an unfinished checksum and segmentation owed.
+fn tso_frame(payload: usize, segment: u16) -> (Vec<u8>, Offload) {
+    let (udp, _) = udp_frame([2; 6], [10, 0, 0, 1], [10, 0, 0, 2], 9, &[]);
+    let mut f = udp[..34].to_vec();
+    f[23] = 6;
+    f[16..18].copy_from_slice(&(40 + payload as u16).to_be_bytes());
+    f[24..26].fill(0);
+    let ip_sum = !fold(sum16(&f[14..34]));
+    f[24..26].copy_from_slice(&ip_sum.to_be_bytes());
+    let pseudo = fold(sum16(&f[26..34]) + 6 + 20 + payload as u32);
+    f.extend([15, 160, 0, 9, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x18, 0x20, 0]);
+    f.extend(pseudo.to_be_bytes());
+    f.extend([0, 0]);
+    f.extend(frame(3, payload));
+    let owed = Offload {
+        needs_csum: true,
+        csum_start: 34,
+        csum_offset: 16,
+        gso: Gso::TcpV4,
+        gso_size: segment,
+        hdr_len: 54,
+        ..Offload::default()
+    };
+    (f, owed)
+}
+
+#[test]
+fn offload_requests_cross_a_virtio_device() {
+    // virtio-user sends to a vhost device in the same process: both ends are ours, the wire is virtio's.
+    let socket = std::env::temp_dir().join(unique("ferry-vhost"));
+    let mut near = Port::open(&config(&format!("{},iface={},tso=1", unique("net_vhost"), socket.display())));
+    let device = format!("{},path={},queue_size=256", unique("net_virtio_user"), socket.display());
+    let mut far = Port::open(&config(&device));
+    let end = std::time::Instant::now() + DEADLINE;
+    while !near.uplink.status().link.unwrap().up {
+        assert!(std::time::Instant::now() < end, "the devices do not connect");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let idle = far.in_use();
+    let caps = far.tx.capabilities(&far.guard);
+    assert!(caps.csum && caps.tso4 && caps.tso6, "{caps:?}");
+
+    let (udp, owed) = udp_frame([2; 6], [10, 0, 0, 1], [10, 0, 0, 2], 9, &frame(1, 600));
+    assert_eq!(far.send(&[(&udp, owed)]).accepted, 1);
+    let (got, offload) = near.receive_where(|f| f.len() == udp.len());
+    assert_eq!((&got, offload), (&udp, owed), "the request arrives as it was made");
+
+    let (tcp, owed) = tso_frame(20_000, 1400);
+    assert_eq!(far.send(&[(&tcp, owed)]).accepted, 1);
+    let (got, offload) = near.receive_where(|f| f.len() == tcp.len());
+    assert_eq!(offload, owed);
+    // The pseudo-header's sum may leave the length out under segmentation; everything else is untouched.
+    assert_eq!((&got[..50], &got[52..]), (&tcp[..50], &tcp[52..]));
+
+    // And back.
+    assert_eq!(
+        near.send(&[(&udp, Offload { needs_csum: true, csum_start: 34, csum_offset: 6, ..Offload::default() })])
+            .accepted,
+        1
+    );
+    let (got, offload) = far.receive_where(|f| f.len() == udp.len());
+    assert!(offload.needs_csum || udp_sum_is_right(&got), "{offload:?}");
+    assert!(far.in_use() <= idle + 256, "what is out is in the transmit ring");
+    far.close();
+    near.close();
+    let _ = std::fs::remove_file(socket);
+}
