@@ -13,7 +13,7 @@ use std::thread::ThreadId;
 use ferry_dpdk_sys as sys;
 use serde::{Deserialize, Serialize};
 
-use crate::log;
+use crate::{log, signals};
 
 /// Where EAL takes its memory from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -209,8 +209,8 @@ fn start_lane(config: &EalConfig, memory: Memory, args: Vec<CString>) -> Result<
     let (jobs, queue) = mpsc::channel::<Job>();
     let (reply, answer) = mpsc::sync_channel(1);
     let spawned = std::thread::Builder::new().name("ferry-dpdk".into()).spawn(move || {
-        block_signals();
-        ignore_sigio();
+        signals::block_all();
+        signals::ignore_sigio();
         let (result, log) = log::collect(|| init(args));
         let failed = result.is_err();
         let _ = reply.send(result.map_err(|errno| (errno, log)));
@@ -247,31 +247,6 @@ fn init(args: Vec<CString>) -> Result<(), i32> {
         return Err(unsafe { sys::ferry_errno() });
     }
     Ok(())
-}
-
-/// Signals are for the program's threads: neither the lane nor the threads that EAL starts from it take any.
-fn block_signals() {
-    // SAFETY: a local set is filled and applied to the calling thread only.
-    unsafe {
-        let mut set: libc::sigset_t = core::mem::zeroed();
-        libc::sigfillset(&mut set);
-        for fault in [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP] {
-            libc::sigdelset(&mut set, fault);
-        }
-        libc::pthread_sigmask(libc::SIG_SETMASK, &set, core::ptr::null_mut());
-    }
-}
-
-/// net_tap is told of packets by real-time signals. When more are pending than RLIMIT_SIGPENDING allows, the kernel falls
-/// back to SIGIO (fcntl(2), F_SETSIG), whose default action ends the process.
-fn ignore_sigio() {
-    // SAFETY: queries and sets the disposition of one signal, and only replaces the default.
-    unsafe {
-        let mut now: libc::sigaction = core::mem::zeroed();
-        if libc::sigaction(libc::SIGIO, core::ptr::null(), &mut now) == 0 && now.sa_sigaction == libc::SIG_DFL {
-            libc::signal(libc::SIGIO, libc::SIG_IGN);
-        }
-    }
 }
 
 /// Free hugepages of all sizes, MiB.

@@ -399,6 +399,7 @@ fn set_up(
     probed: &Probed,
     devargs: &str,
     config: &DeviceConfig,
+    memory_mb: u32,
     pool_slot: &mut Option<Mempool>,
 ) -> Result<(DeviceFacts, Vec<RxSignal>), Failure> {
     let port = probed.port_id;
@@ -514,14 +515,20 @@ fn set_up(
     }
     // SAFETY: plain query on our port.
     let socket = unsafe { sys::rte_eth_dev_socket_id(port) };
-    let pool = Mempool::create(mbufs, data_room, socket).map_err(|errno| Failure {
+    // An mbuf's own structure, headroom and the pool's bookkeeping come on top of the room for data.
+    let pool_mb = u64::from(mbufs) * (u64::from(data_room) + 320) / (1 << 20) + 1;
+    let no_memory = |errno| Failure {
         step: "creating its mbuf pool",
         errno,
         advice: format!(
-            "{mbufs} mbufs take {} MiB: raise DPDK's memory_mb, or lower mbufs or the descriptors",
-            u64::from(mbufs) * (u64::from(data_room) + 320) / (1 << 20) + 1
+            "{mbufs} mbufs take {pool_mb} MiB of DPDK's {memory_mb}: raise memory_mb, or lower mbufs or the descriptors"
         ),
-    })?;
+    };
+    // Not even tried where it cannot succeed: it would take all there is from others for a while.
+    if pool_mb > u64::from(memory_mb) {
+        return Err(no_memory(libc::ENOMEM));
+    }
+    let pool = Mempool::create(mbufs, data_room, socket).map_err(no_memory)?;
     let pool: &Mempool = pool_slot.insert(pool);
 
     // Configure and start; with receive interrupts if the device can, else without.
@@ -559,7 +566,12 @@ fn set_up(
             warnings.push(format!("promiscuous mode was refused: {}", reason(ret)));
         }
     }
-    let signals = (0..rx_queues).map(|q| log::quietly(|| rx_signal(port, q))).collect();
+    let signals: Vec<RxSignal> = (0..rx_queues).map(|q| log::quietly(|| rx_signal(port, q))).collect();
+    for signal in &signals {
+        if let RxSignal::Level(fd) = signal {
+            crate::signals::direct_to_sink(*fd);
+        }
+    }
     let facts = DeviceFacts {
         port_id: port,
         name: probed.name.clone(),
@@ -664,7 +676,7 @@ fn rx_signal(port: u16, queue: u16) -> RxSignal {
     }
 }
 
-fn open_on_lane(name: &str, devargs: &str, config: &DeviceConfig) -> Result<Opened, DeviceError> {
+fn open_on_lane(name: &str, devargs: &str, config: &DeviceConfig, memory_mb: u32) -> Result<Opened, DeviceError> {
     sweep_orphans();
     let taken = || DeviceError::AlreadyOpen { device: name.to_owned() };
     if LANE.with_borrow(|lane| lane.open.iter().any(|n| n == name)) {
@@ -673,7 +685,7 @@ fn open_on_lane(name: &str, devargs: &str, config: &DeviceConfig) -> Result<Open
     let (result, log) = log::collect(|| {
         let probed = probe(name, devargs)?;
         let mut pool = None;
-        match set_up(&probed, devargs, config, &mut pool) {
+        match set_up(&probed, devargs, config, memory_mb, &mut pool) {
             Ok((facts, signals)) => match pool {
                 Some(pool) => Ok(Opened { probed, facts, pool, signals }),
                 None => Err(Failure { step: "creating its mbuf pool", errno: libc::ENOMEM, advice: String::new() }),
@@ -730,7 +742,9 @@ impl EthDevice {
             return Err(refuse(format!("devargs are longer than {MAX_DEVARGS_BYTES} bytes: {devargs}")));
         }
         let wanted = config.clone();
-        let Opened { probed, facts, pool, signals } = eal.run(move || open_on_lane(&name, &devargs, &wanted))??;
+        let memory_mb = eal.config().memory_mb;
+        let Opened { probed, facts, pool, signals } =
+            eal.run(move || open_on_lane(&name, &devargs, &wanted, memory_mb))??;
         let (port, tx_queues) = (facts.port_id, facts.tx_queues);
         let device = Arc::new(Self {
             eal: eal.clone(),
