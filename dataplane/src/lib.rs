@@ -8,6 +8,7 @@ pub mod bridge;
 pub mod clock;
 pub mod counters;
 pub mod frame;
+pub mod fuzzing;
 pub mod offload;
 pub mod output;
 pub mod packet;

@@ -5,31 +5,26 @@ use arrayvec::ArrayVec;
 use crate::bridge::fdb::PortId;
 use crate::bridge::{Forwarding, PortEntry};
 use crate::counters::{DropReason, RxLedger, TxLedger};
-use crate::frame::{BURST, Body, Gso, MAX_FRAME_BYTES, Offload, RxBurst, SNAPSHOT_BYTES, TxFrame};
-use crate::offload::finish::finish_checksum;
-use crate::offload::gso::Segmenter;
-use crate::offload::vlan_edit::{L2Action, rewrite_l2};
+use crate::frame::{BURST, Gso, MAX_FRAME_BYTES, Offload, RxBurst, TxFrame};
+use crate::offload::{REWRITE_BYTES, Segment, SegmentChecksum, Segmenter, VlanAction, finish_checksum, rewrite_l2};
 use crate::packet;
 use crate::port::{TxCapabilities, TxPort, TxReport};
 use crate::qsbr::Guard;
 
-/// Room for a rewritten header: a snapshot and one more tag.
-pub const HEAD_BYTES: usize = SNAPSHOT_BYTES + 4;
-
 /// A private header under construction.
 #[repr(C, align(64))]
 #[derive(Clone)]
-struct Head([u8; HEAD_BYTES]);
+struct Head([u8; REWRITE_BYTES]);
 
 /// Frames of the current burst that go to one output, in order.
 pub struct Batch {
     len: u8,
-    items: [(u8, L2Action); BURST],
+    items: [(u8, VlanAction); BURST],
 }
 
 impl Default for Batch {
     fn default() -> Self {
-        Self { len: 0, items: [(0, L2Action::Keep); BURST] }
+        Self { len: 0, items: [(0, VlanAction::Keep); BURST] }
     }
 }
 
@@ -41,14 +36,14 @@ impl Batch {
     }
     /// Adds frame `i` of the burst; each frame goes at most once to an output, so there is always room.
     #[inline]
-    pub fn push(&mut self, i: usize, action: L2Action) {
+    pub fn push(&mut self, i: usize, action: VlanAction) {
         if let Some(slot) = self.items.get_mut(usize::from(self.len)) {
             *slot = (i as u8, action);
             self.len += 1;
         }
     }
     #[inline]
-    fn items(&self) -> &[(u8, L2Action)] {
+    fn items(&self) -> &[(u8, VlanAction)] {
         self.items.get(..usize::from(self.len)).unwrap_or_default()
     }
 }
@@ -79,7 +74,7 @@ pub struct Sender {
 
 impl Default for Sender {
     fn default() -> Self {
-        let heads = || vec![Head([0; HEAD_BYTES]); BURST].into_boxed_slice();
+        let heads = || vec![Head([0; REWRITE_BYTES]); BURST].into_boxed_slice();
         Self {
             delivered: 0,
             reasons: [DropReason::NoDestination; BURST],
@@ -162,7 +157,13 @@ impl Sender {
         self.delivered = 0;
     }
 
-    fn send_batch<T: TxPort>(&mut self, guard: &Guard, burst: &RxBurst, port: &PortEntry<T>, items: &[(u8, L2Action)]) {
+    fn send_batch<T: TxPort>(
+        &mut self,
+        guard: &Guard,
+        burst: &RxBurst,
+        port: &PortEntry<T>,
+        items: &[(u8, VlanAction)],
+    ) {
         let Some(ledger) = port.tx_ledgers.get(guard.index()) else { return };
         if !port.admin_up {
             for &(i, _) in items {
@@ -191,19 +192,20 @@ impl Sender {
 
     /// What has to be done to frame `i` (place `slot` in the batch) before this output can take it.
     #[inline]
-    fn plan(&mut self, burst: &RxBurst, slot: usize, i: usize, action: L2Action, caps: &TxCapabilities) -> Plan {
+    fn plan(&mut self, burst: &RxBurst, slot: usize, i: usize, action: VlanAction, caps: &TxCapabilities) -> Plan {
         let Some(meta) = burst.meta(i) else { return Plan::Refuse(DropReason::RxBadHeader) };
         let owed = meta.offload;
         let plain = owed.gso == Gso::None;
-        if plain && (action == L2Action::Keep) && (!owed.needs_csum || caps.csum) {
+        if plain && (action == VlanAction::Keep) && (!owed.needs_csum || caps.csum) {
             return if too_long(meta.len, caps) { Plan::Refuse(DropReason::TxTooLong) } else { Plan::AsIs };
         }
         let snapshot = burst.snapshot(i);
         let Some(Head(head)) = self.heads.get_mut(slot) else { return Plan::Refuse(DropReason::OffloadFailed) };
         let mut offload = owed;
-        let Some(head_len) = rewrite_l2(snapshot, head, action, &mut offload) else {
-            return Plan::Refuse(DropReason::RxBadHeader);
-        };
+        let rewritten = packet::parse_l2(snapshot, meta.len)
+            .ok()
+            .and_then(|l2| rewrite_l2(snapshot, &l2, head, action, &mut offload));
+        let Some(head_len) = rewritten else { return Plan::Refuse(DropReason::RxBadHeader) };
         let replaced = snapshot.len() as u16;
         let len = meta.len - u32::from(replaced) + head_len as u32;
         let head_len = head_len as u16;
@@ -250,7 +252,7 @@ impl Sender {
         burst: &RxBurst,
         port: &PortEntry<T>,
         ledger: &TxLedger,
-        items: &[(u8, L2Action)],
+        items: &[(u8, VlanAction)],
         plans: &[Plan],
         range: core::ops::Range<usize>,
         caps: &TxCapabilities,
@@ -318,16 +320,21 @@ impl Sender {
         let head = self.heads.get(slot).and_then(|h| h.0.get(..usize::from(head_len))).unwrap_or_default();
         let body = burst.body(i, u32::from(replaced));
         let flow_hash = if caps.multiqueue { packet::flow_hash(head) } else { 0 };
-        let Ok(mut segmenter) = Segmenter::new(head, body, &offload, !caps.csum) else {
+        let checksum = if caps.csum { SegmentChecksum::Partial } else { SegmentChecksum::Finish };
+        let frame_len = (head.len() as u32).saturating_add(body.len());
+        let segmenter = packet::parse(head, frame_len)
+            .ok()
+            .and_then(|headers| Segmenter::new(head, &headers, body, &offload, checksum).ok());
+        let Some(mut segmenter) = segmenter else {
             refuse(&mut self.reasons, i, DropReason::OffloadFailed, ledger);
             return;
         };
         let mut done = false;
         while !done {
-            let mut pieces = ArrayVec::<(u16, Body<'_>, Offload), BURST>::new();
+            let mut pieces = ArrayVec::<Segment<'_>, BURST>::new();
             for Head(out) in self.segment_heads.iter_mut() {
-                match segmenter.next(out) {
-                    Some((len, body, offload)) => pieces.push((len as u16, body, offload)),
+                match segmenter.next_segment(out) {
+                    Some(piece) => pieces.push(piece),
                     None => {
                         done = true;
                         break;
@@ -337,10 +344,10 @@ impl Sender {
             let frames: ArrayVec<TxFrame<'_>, BURST> = pieces
                 .iter()
                 .zip(self.segment_heads.iter())
-                .map(|(&(len, body, offload), out)| TxFrame {
-                    head: out.0.get(..usize::from(len)).unwrap_or_default(),
-                    body,
-                    offload,
+                .map(|(piece, out)| TxFrame {
+                    head: out.0.get(..piece.head_len).unwrap_or_default(),
+                    body: piece.body,
+                    offload: piece.offload,
                     flow_hash,
                 })
                 .collect();

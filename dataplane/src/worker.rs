@@ -12,11 +12,11 @@ use crate::bridge::vlan::Egress;
 use crate::bridge::{Forwarding, PortEntry};
 use crate::clock::{Clock, cycles};
 use crate::counters::{DropReason, RxLedger};
-use crate::frame::{BURST, RxBurst};
-use crate::offload::{validate, vlan_edit::L2Action};
+use crate::frame::{BURST, Gso, RxBurst};
+use crate::offload::{BadOffload, VlanAction, validate};
 use crate::output::{Batch, Sender};
-use crate::packet::ethernet::MacAddr;
-use crate::packet::{self, ParseError};
+use crate::packet::MacAddr;
+use crate::packet::{self, ParseError, Tci, Tpid, VlanId, VlanTag};
 use crate::pmd::{Command, IdleTuning, Inbox, Kinds, MAX_SLEEP, PmdCounters, PolledQueue, Sleeper};
 use crate::port::{Armed, RxQueue, TxPort};
 use crate::qsbr::{Guard, Published};
@@ -271,12 +271,6 @@ impl<K: Kinds> Worker<K> {
     }
 }
 
-/// Link-local addresses that a bridge does not forward: 01-80-C2-00-00-00 to -0F (IEEE 802.1Q, table 8-1).
-#[inline]
-fn is_link_local(mac: MacAddr) -> bool {
-    mac.to_u64() & 0xffff_ffff_fff0 == 0x0180_c200_0000
-}
-
 /// Where the frames of one source go: the last decision, because consecutive frames mostly share it.
 #[derive(Clone, Copy)]
 struct Recent {
@@ -307,9 +301,10 @@ impl Router {
         };
         let mut recent: Option<Recent> = None;
         for i in 0..burst.len().min(BURST) {
-            let l2 = match packet::parse_l2(burst.snapshot(i)) {
+            let len = burst.meta(i).map_or(0, |m| m.len);
+            let l2 = match packet::parse_l2(burst.snapshot(i), len) {
                 Ok(l2) => l2,
-                Err(ParseError::NeedMore) => {
+                Err(ParseError::FrameTooShort) => {
                     sender.fail(i, DropReason::RxTooShort);
                     continue;
                 }
@@ -318,7 +313,8 @@ impl Router {
                     continue;
                 }
             };
-            let Some(vlan) = port.vlan.ingress(l2.vid()) else {
+            let tag = l2.vlan;
+            let Some(vlan) = port.vlan.ingress(tag.map(|t| t.tci.vid().get())) else {
                 sender.fail(i, DropReason::VlanNotAllowed);
                 continue;
             };
@@ -326,25 +322,24 @@ impl Router {
                 sender.fail(i, DropReason::RxBadOffload);
                 continue;
             }
-            let tagged = l2.vid();
             if let Some(r) = recent
                 && r.src == l2.src_mac
                 && r.dst == l2.dst_mac
                 && r.vlan == vlan
             {
-                self.output(forwarding, i, r.output, vlan, tagged, sender);
+                self.output(forwarding, i, r.output, vlan, tag, sender);
                 continue;
             }
-            if l2.src_mac.is_multicast() || l2.src_mac.is_zero() {
+            if !l2.src_mac.is_valid_source() {
                 sender.fail(i, DropReason::BadSourceMac);
                 continue;
             }
             bridge.fdb.learn(vlan, l2.src_mac, ingress, port.fdb_limit, now_s);
             if l2.dst_mac.is_multicast() {
-                if is_link_local(l2.dst_mac) {
+                if l2.dst_mac.is_link_local() {
                     sender.fail(i, DropReason::LinkLocal);
                 } else {
-                    self.flood(forwarding, &bridge.members, i, ingress, vlan, tagged, sender);
+                    self.flood(forwarding, &bridge.members, i, ingress, vlan, tag, sender);
                 }
                 continue;
             }
@@ -352,9 +347,9 @@ impl Router {
                 Some(output) if output == ingress => sender.fail(i, DropReason::SamePort),
                 Some(output) => {
                     recent = Some(Recent { src: l2.src_mac, dst: l2.dst_mac, vlan, output });
-                    self.output(forwarding, i, output, vlan, tagged, sender);
+                    self.output(forwarding, i, output, vlan, tag, sender);
                 }
-                None => self.flood(forwarding, &bridge.members, i, ingress, vlan, tagged, sender),
+                None => self.flood(forwarding, &bridge.members, i, ingress, vlan, tag, sender),
             }
         }
     }
@@ -367,10 +362,10 @@ impl Router {
         i: usize,
         output: PortId,
         vlan: u16,
-        tagged: Option<u16>,
+        tag: Option<VlanTag>,
         sender: &mut Sender,
     ) {
-        let sent = forwarding.port(output).is_some_and(|port| self.enqueue(port, i, vlan, tagged));
+        let sent = forwarding.port(output).is_some_and(|port| self.enqueue(port, i, vlan, tag));
         if !sent {
             sender.fail(i, DropReason::NoDestination);
         }
@@ -385,7 +380,7 @@ impl Router {
         i: usize,
         ingress: PortId,
         vlan: u16,
-        tagged: Option<u16>,
+        tag: Option<VlanTag>,
         sender: &mut Sender,
     ) {
         let mut any = false;
@@ -393,7 +388,7 @@ impl Router {
             if member != ingress
                 && let Some(port) = forwarding.port(member)
             {
-                any |= self.enqueue(port, i, vlan, tagged);
+                any |= self.enqueue(port, i, vlan, tag);
             }
         }
         if !any {
@@ -403,15 +398,18 @@ impl Router {
 
     /// False when the port does not carry the VLAN.
     #[inline]
-    fn enqueue<T>(&mut self, port: &PortEntry<T>, i: usize, vlan: u16, tagged: Option<u16>) -> bool {
+    fn enqueue<T>(&mut self, port: &PortEntry<T>, i: usize, vlan: u16, tag: Option<VlanTag>) -> bool {
         let Some(egress) = port.vlan.egress(vlan) else { return false };
-        let action = match (egress, tagged) {
-            (Egress::Untagged, None) => L2Action::Keep,
-            (Egress::Untagged, Some(_)) => L2Action::Pop,
-            (Egress::Tagged, None) => L2Action::Push(vlan),
-            (Egress::Tagged, Some(vid)) if vid == vlan => L2Action::Keep,
-            // A priority tag keeps its priority under the new VLAN ID.
-            (Egress::Tagged, Some(_)) => L2Action::Replace(vlan),
+        let action = match (egress, tag) {
+            (Egress::Untagged, None) => VlanAction::Keep,
+            (Egress::Untagged, Some(_)) => VlanAction::Pop,
+            (Egress::Tagged, None) => {
+                let vid = VlanId::new(vlan).unwrap_or_default();
+                VlanAction::Push(VlanTag { tpid: Tpid::Customer, tci: Tci::new(0, false, vid) })
+            }
+            (Egress::Tagged, Some(tag)) if tag.tci.vid().get() == vlan => VlanAction::Keep,
+            // A priority tag keeps its priority under the VLAN it now belongs to.
+            (Egress::Tagged, Some(tag)) => VlanAction::Replace(tag.tci.with_vid(VlanId::new(vlan).unwrap_or_default())),
         };
         if let Some(batch) = self.batches.get_mut(usize::from(port.id)) {
             if batch.is_empty() {
@@ -425,26 +423,23 @@ impl Router {
 
 #[inline]
 fn owes_work(burst: &RxBurst, i: usize) -> bool {
-    burst.meta(i).is_some_and(|m| m.offload.needs_csum || m.offload.gso != crate::frame::Gso::None)
+    burst.meta(i).is_some_and(|m| m.offload.needs_csum || m.offload.gso != Gso::None)
 }
 
 /// Checks what the sender claims about checksum and segmentation against the real headers, once, on the snapshot.
 #[inline]
 fn check_offload(burst: &mut RxBurst, i: usize) -> bool {
     let Some(&meta) = burst.meta(i) else { return false };
-    let mut headers = packet::parse(burst.snapshot(i), meta.len);
-    if matches!(headers, Err(ParseError::NeedMore)) {
+    let mut checked = validate(&meta.offload, burst.snapshot(i), meta.len);
+    if matches!(checked, Err(BadOffload::NeedMore { .. })) {
         burst.extend_snapshot(i);
-        headers = packet::parse(burst.snapshot(i), meta.len);
+        checked = validate(&meta.offload, burst.snapshot(i), meta.len);
     }
-    let Ok(headers) = headers else { return false };
-    match validate::validate(&meta.offload, &headers, burst.snapshot(i), meta.len) {
-        Ok(checked) => {
-            if let Some(m) = burst.meta_mut(i) {
-                m.offload = checked;
-            }
+    match (checked, burst.meta_mut(i)) {
+        (Ok(offload), Some(m)) => {
+            m.offload = offload;
             true
         }
-        Err(_) => false,
+        _ => false,
     }
 }

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use ferry_dataplane::bridge::vlan::VlanMode;
 use ferry_dataplane::clock::Clock;
+use ferry_dataplane::frame::{Gso, Offload};
 use ferry_dataplane::pmd::{IdleTuning, PmdId};
+use ferry_dataplane::port::TxCapabilities;
 use ferry_dataplane::qsbr::Domain;
 use ferry_dataplane::switch::{BridgeOptions, PmdOptions, PortOptions, Switch, SwitchError};
 use ferry_dataplane::testing::{MemKinds, NapSleeper, Wire};
@@ -229,4 +231,111 @@ fn refusals_change_nothing() {
     assert!(matches!(sw.update_port(pa, bad), Err(SwitchError::Vlan(_))));
     assert_eq!(sw.assign_rxq(pa, 3, 0), Err(SwitchError::NoQueue { port: pa, queue: 3 }));
     assert_eq!(sw.stats().ports.len(), 1);
+}
+
+/// A TCP/IPv4 frame whose checksum field holds the pseudo-header sum, as a guest with checksum offload sends it.
+fn tcp_frame(payload: &[u8]) -> Vec<u8> {
+    let mut f = frame(B, A, None, &[]);
+    f[12..14].copy_from_slice(&[0x08, 0x00]);
+    let total = 20 + 20 + payload.len() as u16;
+    let mut ip = vec![0x45, 0, 0, 0, 0x12, 0x34, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
+    ip[2..4].copy_from_slice(&total.to_be_bytes());
+    let sum = !ones(&ip);
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    let mut tcp = vec![0x30, 0x39, 0, 80, 0, 0, 0, 100, 0, 0, 0, 1, 0x50, 0x18, 0xff, 0xff, 0, 0, 0, 0];
+    let mut pseudo = vec![10, 0, 0, 1, 10, 0, 0, 2, 0, 6];
+    pseudo.extend_from_slice(&(20 + payload.len() as u16).to_be_bytes());
+    let sum = ones(&pseudo);
+    tcp[16..18].copy_from_slice(&sum.to_be_bytes());
+    f.extend(ip);
+    f.extend(tcp);
+    f.extend_from_slice(payload);
+    f
+}
+
+/// One's complement sum, the slow and obvious way.
+fn ones(bytes: &[u8]) -> u16 {
+    let mut sum = 0u32;
+    for pair in bytes.chunks(2) {
+        sum += u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0));
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+/// Checks both checksums of an untagged TCP/IPv4 frame and returns (sequence number, flags, payload).
+fn check_tcp(f: &[u8]) -> (u32, u8, Vec<u8>) {
+    let ip = &f[14..];
+    let total = usize::from(u16::from_be_bytes([ip[2], ip[3]]));
+    assert_eq!(total, ip.len());
+    assert_eq!(ones(&ip[..20]), 0xffff, "IPv4 header checksum");
+    let mut covered = ip[12..20].to_vec();
+    covered.extend_from_slice(&[0, 6]);
+    covered.extend_from_slice(&((total - 20) as u16).to_be_bytes());
+    covered.extend_from_slice(&ip[20..]);
+    assert_eq!(ones(&covered), 0xffff, "TCP checksum");
+    (u32::from_be_bytes(ip[24..28].try_into().unwrap()), ip[33], ip[40..].to_vec())
+}
+
+#[test]
+fn owed_work_is_passed_on_or_finished_in_software() {
+    let sw = switch(1);
+    let br = sw.add_bridge("br0", BridgeOptions::default()).unwrap();
+    let (_, a) = port(&sw, "a", br, VlanMode::default());
+    let (_, b) = port(&sw, "b", br, VlanMode::default());
+    b.put(&frame(ALL, B, None, b""));
+    settled(&sw, 1);
+    a.take();
+    let payload: Vec<u8> = (0..9000u32).map(|i| (i * 7) as u8).collect();
+    let csum = Offload { needs_csum: true, csum_start: 34, csum_offset: 16, ..Offload::default() };
+    let tso = Offload { gso: Gso::TcpV4, gso_size: 1400, hdr_len: 54, ..csum };
+    let small = tcp_frame(&payload[..333]);
+    let large = tcp_frame(&payload);
+    for cut in [0, 7, 13, 100] {
+        a.segment_bytes.store(cut, Ordering::Relaxed);
+        let n = sw.stats().received();
+        // An output that takes everything gets the frames as they are.
+        *b.capabilities.lock().unwrap() = TxCapabilities { csum: true, tso4: true, ..TxCapabilities::default() };
+        a.put_offload(&small, csum);
+        a.put_offload(&large, tso);
+        settled(&sw, n + 2);
+        let as_is = b.take_offload() == [(small.clone(), csum), (large.clone(), tso)];
+        assert!(as_is, "{:#?}", sw.stats().ports[0]);
+        // One that takes nothing gets finished ones, in order, within its frame limit.
+        *b.capabilities.lock().unwrap() = TxCapabilities { max_frame_bytes: 1518, ..TxCapabilities::default() };
+        a.put_offload(&large, tso);
+        a.put_offload(&small, csum);
+        a.put(&large);
+        settled(&sw, n + 5);
+        let out = b.take_offload();
+        assert_eq!(out.len(), 8, "7 segments, the small frame; the long one without segmentation does not fit");
+        let mut seen = Vec::new();
+        for (i, (f, owed)) in out[..7].iter().enumerate() {
+            assert_eq!(*owed, Offload::default());
+            let (seq, flags, part) = check_tcp(f);
+            assert_eq!(seq, 100 + seen.len() as u32);
+            assert_eq!(flags & 0x08 != 0, i == 6, "PSH on the last alone");
+            seen.extend(part);
+        }
+        assert_eq!(seen, payload);
+        assert_eq!(check_tcp(&out[7].0).2, &payload[..333]);
+    }
+    let drops = sw.stats();
+    assert_eq!(drops.ports[0].rx.drops.get("tx_too_long"), Some(&4));
+    // Claims that do not fit the frame are refused.
+    for lie in [
+        Offload { csum_start: 9, ..csum },
+        Offload { csum_start: 2000, ..csum },
+        Offload { csum_offset: 4000, ..csum },
+        Offload { csum_offset: 2, ..csum },
+        Offload { gso: Gso::TcpV6, gso_size: 1400, ..csum },
+        Offload { gso_size: 0, ..tso },
+        Offload { needs_csum: false, ..tso },
+    ] {
+        a.put_offload(&small, lie);
+    }
+    let n = sw.stats().received();
+    settled(&sw, n.max(drops.received() + 7));
+    assert_eq!(sw.stats().ports[0].rx.drops.get("rx_bad_offload"), Some(&7));
+    assert!(b.take().is_empty());
 }

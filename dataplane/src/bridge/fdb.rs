@@ -119,7 +119,7 @@ pub struct FdbStats {
 
 #[inline]
 fn key_of(vlan: u16, mac: MacAddr) -> u64 {
-    (u64::from(vlan) << 48) | mac.to_u64()
+    (u64::from(vlan) << 48) | mac.as_u64()
 }
 
 #[inline]
@@ -208,8 +208,7 @@ impl Fdb {
         {
             if value as u32 != now_s {
                 // Fails harmlessly when a writer has just reused the entry.
-                let _ =
-                    entry.value.compare_exchange(value, value_of(port, now_s), Ordering::Relaxed, Ordering::Relaxed);
+                let _ = entry.value.compare_exchange(value, value_of(port, now_s), Ordering::AcqRel, Ordering::Relaxed);
             }
             return Learned::Known;
         }
@@ -230,7 +229,7 @@ impl Fdb {
             }
             self.adjust(port_of(value), -1);
             self.adjust(port, 1);
-            entry.value.store(value_of(port, now_s), Ordering::Release);
+            entry.value.swap(value_of(port, now_s), Ordering::AcqRel);
             self.bump(&self.counts.moved);
             return Learned::Moved;
         }
@@ -360,7 +359,8 @@ impl Fdb {
     // The rest runs under the writer lock.
 
     fn store(&self, entry: &Entry, key: u64, port: PortId, now_s: u32) {
-        entry.value.store(value_of(port, now_s), Ordering::Relaxed);
+        // A swap, so that a refresh that slipped in between is ordered before it.
+        entry.value.swap(value_of(port, now_s), Ordering::AcqRel);
         entry.key.store(key, Ordering::Release);
         self.adjust(port, 1);
         self.used.store(self.used.load(Ordering::Relaxed) + 1, Ordering::Relaxed);

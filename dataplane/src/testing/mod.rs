@@ -1,5 +1,7 @@
 //! Ports in private memory, for tests and micro-benchmarks of the packet path without I/O.
 #![allow(unsafe_code)] // Its job: lending private buffers to a burst.
+pub mod synthetic;
+
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};

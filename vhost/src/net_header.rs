@@ -1,0 +1,217 @@
+//! The virtio-net header in front of every frame (virtio 1.3, 5.1.6), and which of its claims the negotiated features allow.
+//!
+//! Here only the structure is judged: unknown or not negotiated kinds of work are refused. Whether the offsets fit the
+//! packet's own headers is checked by the dataplane, which parses them.
+use ferry_dataplane::counters::DropReason;
+use ferry_dataplane::frame::{Gso, Offload};
+use ferry_dataplane::port::TxCapabilities;
+
+/// Feature bits as masks (virtio 1.3, 5.1.3 and 6; vhost-user for [`LOG_ALL`](feature::LOG_ALL)).
+pub mod feature {
+    /// VIRTIO_NET_F_CSUM: the switch takes unfinished checksums.
+    pub const CSUM: u64 = 1 << 0;
+    /// VIRTIO_NET_F_GUEST_CSUM: the guest takes unfinished checksums.
+    pub const GUEST_CSUM: u64 = 1 << 1;
+    /// VIRTIO_NET_F_GUEST_TSO4.
+    pub const GUEST_TSO4: u64 = 1 << 7;
+    /// VIRTIO_NET_F_GUEST_TSO6.
+    pub const GUEST_TSO6: u64 = 1 << 8;
+    /// VIRTIO_NET_F_GUEST_ECN.
+    pub const GUEST_ECN: u64 = 1 << 9;
+    /// VIRTIO_NET_F_HOST_TSO4.
+    pub const HOST_TSO4: u64 = 1 << 11;
+    /// VIRTIO_NET_F_HOST_TSO6.
+    pub const HOST_TSO6: u64 = 1 << 12;
+    /// VIRTIO_NET_F_HOST_ECN.
+    pub const HOST_ECN: u64 = 1 << 13;
+    /// VIRTIO_NET_F_MRG_RXBUF: a frame may fill several of the guest's buffers.
+    pub const MRG_RXBUF: u64 = 1 << 15;
+    /// VHOST_F_LOG_ALL: every write to guest memory is logged.
+    pub const LOG_ALL: u64 = 1 << 26;
+    /// VIRTIO_F_INDIRECT_DESC (VIRTIO_RING_F_INDIRECT_DESC).
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    /// VIRTIO_F_EVENT_IDX (VIRTIO_RING_F_EVENT_IDX).
+    pub const EVENT_IDX: u64 = 1 << 29;
+    /// VIRTIO_F_VERSION_1.
+    pub const VERSION_1: u64 = 1 << 32;
+    /// VIRTIO_F_RING_PACKED.
+    pub const RING_PACKED: u64 = 1 << 34;
+    /// VIRTIO_F_IN_ORDER.
+    pub const IN_ORDER: u64 = 1 << 35;
+}
+
+/// Longest header, bytes.
+pub const MAX_HEADER_BYTES: usize = 12;
+
+const FLAG_NEEDS_CSUM: u8 = 1;
+const FLAG_DATA_VALID: u8 = 2;
+const GSO_NONE: u8 = 0;
+const GSO_TCPV4: u8 = 1;
+const GSO_TCPV6: u8 = 4;
+const GSO_ECN: u8 = 0x80;
+
+/// Bytes of the header under these features: with VERSION_1 or MRG_RXBUF it includes `num_buffers` (virtio 1.3, 5.1.6.1).
+#[inline]
+pub fn header_len(features: u64) -> u32 {
+    if features & (feature::VERSION_1 | feature::MRG_RXBUF) != 0 { 12 } else { 10 }
+}
+
+/// What the guest takes over in frames sent to it.
+pub fn capabilities(features: u64) -> TxCapabilities {
+    let has = |bit| features & bit != 0;
+    // GUEST_TSO4/6 and ECN require GUEST_CSUM, ECN requires one of TSO (5.1.3.1); a guest that ignores this gets the lesser.
+    let csum = has(feature::GUEST_CSUM);
+    let tso4 = csum && has(feature::GUEST_TSO4);
+    let tso6 = csum && has(feature::GUEST_TSO6);
+    TxCapabilities { csum, tso4, tso6, ecn: (tso4 || tso6) && has(feature::GUEST_ECN), max_frame_bytes: 0 }
+}
+
+/// Reads the header of a frame from the guest. `raw` is a private copy; with a 10-byte header the last two bytes are not looked at.
+///
+/// Refuses ([`DropReason::RxBadOffload`]) work whose feature was not negotiated, and segmentation kinds that are never
+/// offered (UFO, UDP_L4). Flags that are not meant for this direction are ignored, as 5.1.6.2.2 demands for unknown ones.
+#[inline]
+pub fn decode(raw: &[u8; MAX_HEADER_BYTES], features: u64) -> Result<Offload, DropReason> {
+    let [flags, gso_type, h0, h1, s0, s1, c0, c1, o0, o1, _, _] = *raw;
+    if flags & FLAG_NEEDS_CSUM == 0 && gso_type == GSO_NONE {
+        return Ok(Offload::default());
+    }
+    let has = |bit| features & bit != 0;
+    let needs_csum = flags & FLAG_NEEDS_CSUM != 0;
+    let ecn = gso_type & GSO_ECN != 0;
+    let gso = match gso_type & !GSO_ECN {
+        GSO_NONE => Gso::None,
+        GSO_TCPV4 if has(feature::HOST_TSO4) => Gso::TcpV4,
+        GSO_TCPV6 if has(feature::HOST_TSO6) => Gso::TcpV6,
+        _ => return Err(DropReason::RxBadOffload),
+    };
+    let gso_size = u16::from_le_bytes([s0, s1]);
+    if (needs_csum && !has(feature::CSUM))
+        || (ecn && (gso == Gso::None || !has(feature::HOST_ECN)))
+        || (gso != Gso::None && gso_size == 0)
+    {
+        return Err(DropReason::RxBadOffload);
+    }
+    let mut offload = Offload { needs_csum, gso, ecn, ..Offload::default() };
+    if gso != Gso::None {
+        offload.hdr_len = u16::from_le_bytes([h0, h1]);
+        offload.gso_size = gso_size;
+    }
+    if needs_csum {
+        offload.csum_start = u16::from_le_bytes([c0, c1]);
+        offload.csum_offset = u16::from_le_bytes([o0, o1]);
+    }
+    Ok(offload)
+}
+
+/// Writes the header of a frame to the guest, which fills `num_buffers` of its buffers. All 12 bytes are set; the caller
+/// writes as many as [`header_len`] says.
+///
+/// Refuses ([`DropReason::OffloadFailed`]) work that the guest has not agreed to take: it is finished before, in software.
+#[inline]
+pub fn encode(offload: &Offload, num_buffers: u16, features: u64) -> Result<[u8; MAX_HEADER_BYTES], DropReason> {
+    let mut raw = [0u8; MAX_HEADER_BYTES];
+    let [flags, gso_type, h0, h1, s0, s1, c0, c1, o0, o1, n0, n1] = &mut raw;
+    [*n0, *n1] = num_buffers.to_le_bytes();
+    if !offload.needs_csum && !offload.csum_valid && offload.gso == Gso::None {
+        return Ok(raw);
+    }
+    let can = capabilities(features);
+    if offload.needs_csum {
+        if !can.csum {
+            return Err(DropReason::OffloadFailed);
+        }
+        *flags = FLAG_NEEDS_CSUM;
+        [*c0, *c1] = offload.csum_start.to_le_bytes();
+        [*o0, *o1] = offload.csum_offset.to_le_bytes();
+    } else if offload.csum_valid && can.csum {
+        // 5.1.6.4.1: without GUEST_CSUM the flags are zero, and the guest verifies for itself.
+        *flags = FLAG_DATA_VALID;
+    }
+    let kind = match offload.gso {
+        Gso::None => return Ok(raw),
+        Gso::TcpV4 if can.tso4 => GSO_TCPV4,
+        Gso::TcpV6 if can.tso6 => GSO_TCPV6,
+        Gso::TcpV4 | Gso::TcpV6 => return Err(DropReason::OffloadFailed),
+    };
+    // 5.1.6.4.1: with a segmentation kind NEEDS_CSUM must be set as well.
+    if (offload.ecn && !can.ecn) || !offload.needs_csum {
+        return Err(DropReason::OffloadFailed);
+    }
+    *gso_type = if offload.ecn { kind | GSO_ECN } else { kind };
+    [*h0, *h1] = offload.hdr_len.to_le_bytes();
+    [*s0, *s1] = offload.gso_size.to_le_bytes();
+    Ok(raw)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use feature::*;
+
+    const ALL_HOST: u64 = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN | VERSION_1;
+    const ALL_GUEST: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | VERSION_1;
+
+    #[test]
+    fn header_length_follows_the_features() {
+        assert_eq!(header_len(0), 10);
+        assert_eq!(header_len(MRG_RXBUF), 12);
+        assert_eq!(header_len(VERSION_1), 12);
+    }
+
+    #[test]
+    fn a_tso_frame_survives_the_way_through() {
+        for (gso, ecn) in [(Gso::TcpV4, false), (Gso::TcpV6, true)] {
+            let offload = Offload {
+                needs_csum: true,
+                csum_valid: false,
+                gso,
+                ecn,
+                hdr_len: 66,
+                gso_size: 1448,
+                csum_start: 34,
+                csum_offset: 16,
+            };
+            let raw = encode(&offload, 3, ALL_GUEST).unwrap();
+            assert_eq!(raw[10..12], [3, 0]);
+            assert_eq!(decode(&raw, ALL_HOST).unwrap(), offload);
+        }
+    }
+
+    #[test]
+    fn nothing_passes_that_was_not_negotiated() {
+        let bad = Err(DropReason::RxBadOffload);
+        let with = |flags, gso, size: u8| [flags, gso, 0, 0, size, 0, 14, 0, 16, 0, 0, 0];
+        assert_eq!(decode(&with(1, 0, 0), ALL_HOST & !CSUM), bad);
+        assert_eq!(decode(&with(1, 1, 9), ALL_HOST & !HOST_TSO4), bad);
+        assert_eq!(decode(&with(1, 4, 9), ALL_HOST & !HOST_TSO6), bad);
+        assert_eq!(decode(&with(1, 0x81, 9), ALL_HOST & !HOST_ECN), bad);
+        assert_eq!(decode(&with(1, 0x80, 9), ALL_HOST), bad, "ECN without TCP");
+        assert_eq!(decode(&with(1, 1, 0), ALL_HOST), bad, "segments of no bytes");
+        for kind in [2, 3, 5, 6, 0x7f] {
+            assert_eq!(decode(&with(1, kind, 9), ALL_HOST), bad, "kind {kind}");
+        }
+        assert_eq!(
+            decode(&with(2, 0, 9), ALL_HOST),
+            Ok(Offload::default()),
+            "DATA_VALID from a guest vouches for nothing"
+        );
+
+        let csum = Offload { needs_csum: true, ..Offload::default() };
+        assert_eq!(encode(&csum, 1, ALL_GUEST & !GUEST_CSUM), Err(DropReason::OffloadFailed));
+        let tso = Offload { needs_csum: true, gso: Gso::TcpV4, gso_size: 9, ..Offload::default() };
+        assert_eq!(encode(&tso, 1, ALL_GUEST & !GUEST_TSO4), Err(DropReason::OffloadFailed));
+        assert_eq!(encode(&tso, 1, ALL_GUEST & !GUEST_CSUM), Err(DropReason::OffloadFailed));
+        assert_eq!(encode(&Offload { ecn: true, ..tso }, 1, ALL_GUEST & !GUEST_ECN), Err(DropReason::OffloadFailed));
+        let valid = Offload { csum_valid: true, ..Offload::default() };
+        assert_eq!(encode(&valid, 1, VERSION_1).unwrap()[0], 0);
+        assert_eq!(encode(&valid, 1, ALL_GUEST).unwrap()[0], FLAG_DATA_VALID);
+    }
+
+    #[test]
+    fn capabilities_need_the_checksum_feature() {
+        assert_eq!(capabilities(GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN), TxCapabilities::default());
+        let all = capabilities(ALL_GUEST);
+        assert!(all.csum && all.tso4 && all.tso6 && all.ecn);
+    }
+}

@@ -1,0 +1,139 @@
+//! Copying between guests, tuned for frames: most copies are short, and a call per copy would cost more than the copy.
+#![allow(unsafe_code)] // Its job: copying through raw pointers into memory that guests share.
+
+/// Copies `len` bytes. The ranges may overlap (a guest may map one page twice); then the result is unspecified.
+///
+/// # Safety
+/// `src..src+len` is readable and `dst..dst+len` writable. Others may write to both meanwhile; the bytes are not interpreted.
+#[inline(always)]
+pub(super) unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the contract is the caller's; each helper is given a length in its range.
+    unsafe {
+        match len {
+            0..=15 => short(dst, src, len),
+            16..=32 => x86::ends::<1>(dst, src, len),
+            33..=64 => x86::ends::<2>(dst, src, len),
+            65..=128 => x86::ends::<4>(dst, src, len),
+            _ => x86::long(dst, src, len),
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    // SAFETY: the contract is the caller's; `copy` allows overlap.
+    unsafe {
+        core::ptr::copy(src, dst, len);
+    }
+}
+
+/// Up to 15 bytes: two overlapping loads of the largest power of two that fits.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn short(dst: *mut u8, src: *const u8, len: usize) {
+    macro_rules! pair {
+        ($t:ty) => {{
+            let last = len - size_of::<$t>();
+            // SAFETY: both ends lie inside the ranges because len >= size_of::<$t>().
+            unsafe {
+                let a = src.cast::<$t>().read_unaligned();
+                let b = src.add(last).cast::<$t>().read_unaligned();
+                dst.cast::<$t>().write_unaligned(a);
+                dst.add(last).cast::<$t>().write_unaligned(b);
+            }
+        }};
+    }
+    if len >= 8 {
+        pair!(u64);
+    } else if len >= 4 {
+        pair!(u32);
+    } else if len >= 2 {
+        pair!(u16);
+    } else if len == 1 {
+        // SAFETY: one byte each.
+        unsafe { dst.write(src.read()) };
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use core::arch::x86_64::{
+        __m128i, __m256i, _mm_loadu_si128, _mm_storeu_si128, _mm256_loadu_si256, _mm256_storeu_si256,
+    };
+
+    /// `N` 16-byte words from the start and as many from the end. SSE2 is part of x86-64.
+    ///
+    /// # Safety
+    /// As `copy`, with `16 * N <= len <= 32 * N`.
+    #[inline(always)]
+    pub(super) unsafe fn ends<const N: usize>(dst: *mut u8, src: *const u8, len: usize) {
+        let last = len - 16 * N;
+        // SAFETY: all offsets stay within len. All loads come before the first store.
+        unsafe {
+            let head: [__m128i; N] = core::array::from_fn(|i| _mm_loadu_si128(src.add(16 * i).cast()));
+            let tail: [__m128i; N] = core::array::from_fn(|i| _mm_loadu_si128(src.add(last + 16 * i).cast()));
+            for (i, v) in head.into_iter().enumerate() {
+                _mm_storeu_si128(dst.add(16 * i).cast(), v);
+            }
+            for (i, v) in tail.into_iter().enumerate() {
+                _mm_storeu_si128(dst.add(last + 16 * i).cast(), v);
+            }
+        }
+    }
+
+    /// More than 128 bytes.
+    ///
+    /// # Safety
+    /// As `copy`.
+    #[inline]
+    pub(super) unsafe fn long(dst: *mut u8, src: *const u8, len: usize) {
+        if len <= 2048 && std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2; len > 128.
+            unsafe { avx2(dst, src, len) };
+        } else {
+            // SAFETY: the contract is the caller's; `copy` allows overlap.
+            unsafe { core::ptr::copy(src, dst, len) };
+        }
+    }
+
+    /// 64 bytes a turn, and the last 64 bytes once more from the end.
+    ///
+    /// # Safety
+    /// As `copy`, with AVX2 and `len >= 64`.
+    #[target_feature(enable = "avx2")]
+    unsafe fn avx2(dst: *mut u8, src: *const u8, len: usize) {
+        let last = len - 64;
+        let mut at = 0;
+        // SAFETY: at < last and 64 bytes from `last` are inside the ranges.
+        unsafe {
+            while at < last {
+                let a: __m256i = _mm256_loadu_si256(src.add(at).cast());
+                let b: __m256i = _mm256_loadu_si256(src.add(at + 32).cast());
+                _mm256_storeu_si256(dst.add(at).cast(), a);
+                _mm256_storeu_si256(dst.add(at + 32).cast(), b);
+                at += 64;
+            }
+            let a: __m256i = _mm256_loadu_si256(src.add(last).cast());
+            let b: __m256i = _mm256_loadu_si256(src.add(last + 32).cast());
+            _mm256_storeu_si256(dst.add(last).cast(), a);
+            _mm256_storeu_si256(dst.add(last + 32).cast(), b);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::copy;
+
+    #[test]
+    fn copies_exactly_every_length_and_offset() {
+        let src: Vec<u8> = (0..4096u32).map(|i| (i * 31 + i / 256) as u8).collect();
+        for len in (0..700).chain([1023, 1518, 2047, 2048, 2049, 4000]) {
+            for (from, to) in [(0, 0), (1, 3), (17, 5)] {
+                let mut dst = vec![0xee_u8; len + 16];
+                // SAFETY: both vectors hold the ranges.
+                unsafe { copy(dst.as_mut_ptr().add(to), src.as_ptr().add(from), len) };
+                assert_eq!(&dst[to..to + len], &src[from..from + len], "len {len}");
+                assert!(dst[..to].iter().chain(&dst[to + len..]).all(|&b| b == 0xee), "len {len} wrote outside");
+            }
+        }
+    }
+}

@@ -1,0 +1,312 @@
+//! Split virtqueues (virtio 1.3, 2.7): a descriptor table, and two rings of indexes into it.
+#![allow(unsafe_code)] // Its job: atomic access to the rings in guest memory.
+use core::ptr::write_volatile;
+use core::sync::atomic::{AtomicU16, Ordering, fence};
+
+use ferry_dataplane::counters::DropReason;
+
+use super::chain::{self, INDIRECT, NEXT, Table, Words};
+use super::{Chain, Core, Fault, FaultKind, Format, Found, Sink};
+
+/// Driver: no notifications, please (VIRTQ_AVAIL_F_NO_INTERRUPT).
+const AVAIL_NO_INTERRUPT: u16 = 1;
+/// Device: no notifications, please (VIRTQ_USED_F_NO_NOTIFY).
+const USED_NO_NOTIFY: u16 = 1;
+
+/// Offsets within the available ring (2.7.6) and the used ring (2.7.8), bytes.
+const FLAGS: usize = 0;
+const IDX: usize = 2;
+const RING: usize = 4;
+
+pub(crate) struct Split {
+    desc: *const u8,
+    avail: *const u8,
+    used: *mut u8,
+    size: u16,
+    /// Available index of the next chain to take.
+    next_avail: u16,
+    /// The driver's available index as last read: chains before it are known to be there.
+    avail_seen: u16,
+    /// Used index including entries that are written but not published.
+    next_used: u16,
+    /// Used index that the driver can see.
+    published: u16,
+    /// Chains before this available index were prefetched.
+    prefetched: u16,
+}
+
+// SAFETY: the pointers belong to a mapping that the owning Ring keeps alive, and only its current owner uses them.
+unsafe impl Send for Split {}
+
+/// True when moving an index from `old` to `new` passed `event` (2.7.10: `vring_need_event`). All wrap at 2^16.
+#[inline]
+pub(super) fn need_event(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+impl Split {
+    /// Starts where the used ring stands: a device that goes in order has returned every chain before it and none after.
+    /// (A base that the frontend gives differs from it only after a crash in between; chains that were taken and never
+    /// returned are then found again instead of being lost.)
+    ///
+    /// # Safety
+    /// For a ring of `size` (a power of two), the areas are mapped as long as the value lives, and aligned: `desc` 16 bytes
+    /// per descriptor, `avail` and `used` as in 2.7, with the event fields if event index is negotiated.
+    pub(super) unsafe fn new(desc: *const u8, avail: *const u8, used: *mut u8, size: u16) -> Self {
+        let mut q =
+            Self { desc, avail, used, size, next_avail: 0, avail_seen: 0, next_used: 0, published: 0, prefetched: 0 };
+        let idx = u16::from_le(q.used_idx().load(Ordering::Relaxed));
+        (q.next_avail, q.avail_seen, q.next_used, q.published, q.prefetched) = (idx, idx, idx, idx, idx);
+        q
+    }
+
+    #[inline(always)]
+    fn avail_field(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: offset lies in the available ring (callers use the constants, a masked slot, or the event field when
+        // negotiated); 2-aligned; all accesses to it are atomic here, and the guest's are not Rust's.
+        unsafe { AtomicU16::from_ptr(self.avail.add(offset).cast_mut().cast()) }
+    }
+    #[inline(always)]
+    fn used_field(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: as `avail_field`, for the used ring.
+        unsafe { AtomicU16::from_ptr(self.used.add(offset).cast()) }
+    }
+    #[inline(always)]
+    fn used_idx(&self) -> &AtomicU16 {
+        self.used_field(IDX)
+    }
+    /// The driver wants a notification when the used index passes this (2.7.10); follows the available ring's entries.
+    #[inline(always)]
+    fn used_event(&self) -> &AtomicU16 {
+        self.avail_field(RING + 2 * usize::from(self.size))
+    }
+    /// The driver notifies when the available index passes this; follows the used ring's entries.
+    #[inline(always)]
+    fn avail_event_offset(&self) -> usize {
+        RING + 8 * usize::from(self.size)
+    }
+
+    /// Number of the head descriptor at available index `at`.
+    #[inline(always)]
+    fn head(&self, at: u16) -> u16 {
+        let slot = usize::from(at & (self.size - 1));
+        u16::from_le(self.avail_field(RING + 2 * slot).load(Ordering::Relaxed))
+    }
+
+    #[inline(always)]
+    fn desc_ptr(&self, index: u16) -> *const u8 {
+        // wrapping: only ever dereferenced for index < size; prefetch takes anything.
+        self.desc.wrapping_add(16 * usize::from(index))
+    }
+
+    /// Reads the driver's available index. 2.7.13.3: acquire, so that entries and descriptors behind it are read after.
+    #[inline]
+    fn refresh(&mut self) -> Result<(), Fault> {
+        let idx = u16::from_le(self.avail_field(IDX).load(Ordering::Acquire));
+        // More outstanding than the ring has is impossible for a driver that waits for its descriptors (2.7.13.1).
+        let outstanding = idx.wrapping_sub(self.published);
+        if outstanding > self.size {
+            return Err((FaultKind::AvailJump, u32::from(outstanding)));
+        }
+        // An index that moves backwards within the ring would make chains available twice.
+        if idx.wrapping_sub(self.next_avail) > self.size {
+            return Err((FaultKind::AvailJump, u32::from(idx.wrapping_sub(self.next_avail))));
+        }
+        self.avail_seen = idx;
+        Ok(())
+    }
+
+    /// A chain of several descriptors or with an indirect table.
+    #[inline(never)]
+    fn walk<S: Sink>(
+        &mut self,
+        core: &mut Core,
+        mut words: Words,
+        sink: &mut S,
+    ) -> Result<Result<(), DropReason>, Fault> {
+        let mut followed = 1u32;
+        loop {
+            let flags = words.third();
+            if flags & INDIRECT != 0 {
+                // 2.7.5.3.1: not both flags; 2.7.5.3.2: ordinary descriptors may precede one indirect descriptor.
+                if flags & NEXT != 0 {
+                    return Ok(Err(S::BAD));
+                }
+                return chain::indirect(core, words.addr(), words.len(), Table::Split, sink);
+            }
+            if let Err(reason) = chain::buffer(core, words.addr(), words.len(), flags, sink) {
+                return Ok(Err(reason));
+            }
+            if flags & NEXT == 0 {
+                return Ok(Ok(()));
+            }
+            followed += 1;
+            if followed > u32::from(core.chain_limit) {
+                return Err((FaultKind::ChainTooLong, followed));
+            }
+            let next = words.fourth();
+            if next >= self.size {
+                return Err((FaultKind::NextOutOfRange, u32::from(next)));
+            }
+            // SAFETY: next < size, so the descriptor lies in the table.
+            words = unsafe { Words::read(self.desc_ptr(next)) };
+        }
+    }
+}
+
+impl Format for Split {
+    type Position = u16;
+
+    #[inline]
+    fn position(&self) -> u16 {
+        self.next_avail
+    }
+
+    #[inline]
+    fn advance(&mut self, to: u16) {
+        self.next_avail = to;
+    }
+
+    #[inline]
+    fn peek<S: Sink>(&mut self, core: &mut Core, at: &mut u16, sink: &mut S) -> Result<Option<Found>, Fault> {
+        if *at == self.avail_seen {
+            self.refresh()?;
+            if *at == self.avail_seen {
+                return Ok(None);
+            }
+        }
+        let head = self.head(*at);
+        if head >= self.size {
+            return Err((FaultKind::HeadOutOfRange, u32::from(head)));
+        }
+        // SAFETY: head < size, so the descriptor lies in the table.
+        let words = unsafe { Words::read(self.desc_ptr(head)) };
+        let flags = words.third();
+        let result = if flags & (NEXT | INDIRECT) == 0 {
+            chain::buffer(core, words.addr(), words.len(), flags, sink)
+        } else {
+            self.walk(core, words, sink)?
+        };
+        *at = at.wrapping_add(1);
+        Ok(Some((Chain { id: head, slots: 1 }, result)))
+    }
+
+    fn prefetch<S: Sink>(&mut self, core: &mut Core, count: u16) {
+        if self.avail_seen.wrapping_sub(self.next_avail) < count {
+            // A fault found here is found again, and reported, by the next peek.
+            let _ = self.refresh();
+        }
+        let known = self.avail_seen.wrapping_sub(self.next_avail).min(count);
+        let done = self.prefetched.wrapping_sub(self.next_avail);
+        // `prefetched` lags behind when chains were taken without it.
+        let from = if done <= self.size { done } else { 0 };
+        if from >= known {
+            return;
+        }
+        for i in from..known {
+            chain::prefetch_read(self.desc_ptr(self.head(self.next_avail.wrapping_add(i))));
+        }
+        for i in from..known {
+            let head = self.head(self.next_avail.wrapping_add(i));
+            if head < self.size {
+                // SAFETY: head < size, so the descriptor lies in the table.
+                let words = unsafe { Words::read(self.desc_ptr(head)) };
+                chain::prefetch_buffer::<S>(core, words.addr(), words.len());
+            }
+        }
+        self.prefetched = self.next_avail.wrapping_add(known);
+    }
+
+    #[inline]
+    fn put_used(&mut self, _core: &mut Core, chain: Chain, len: u32) {
+        let slot = usize::from(self.next_used & (self.size - 1));
+        // SAFETY: the entry lies in the used ring and is 4-aligned; the driver does not read it before the index says so.
+        unsafe {
+            let entry = self.used.add(RING + 8 * slot).cast::<u32>();
+            write_volatile(entry, u32::from(chain.id).to_le());
+            write_volatile(entry.add(1), len.to_le());
+        }
+        self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    fn publish(&mut self, core: &mut Core) -> bool {
+        let (old, new) = (self.published, self.next_used);
+        if old == new {
+            return false;
+        }
+        // 2.7.8.2, 2.7.14: the index becomes visible after the entries and after the data.
+        self.used_idx().store(new.to_le(), Ordering::Release);
+        self.published = new;
+        // 2.7.7.2, 2.7.10: the driver's wish is read after the index is visible, or both sides could wait for each other.
+        // The dirty log needs the same fence between the writes and its look at the bits.
+        fence(Ordering::SeqCst);
+        if core.log.is_some() {
+            let count = new.wrapping_sub(old);
+            let first = old & (self.size - 1);
+            let until_wrap = count.min(self.size - first);
+            core.log_device((RING + 8 * usize::from(first)) as u64, 8 * u32::from(until_wrap));
+            if count > until_wrap {
+                core.log_device(RING as u64, 8 * u32::from(count - until_wrap));
+            }
+            core.log_device(IDX as u64, 2);
+            core.log_commit();
+        }
+        if core.event_idx {
+            need_event(u16::from_le(self.used_event().load(Ordering::Relaxed)), new, old)
+        } else {
+            u16::from_le(self.avail_field(FLAGS).load(Ordering::Relaxed)) & AVAIL_NO_INTERRUPT == 0
+        }
+    }
+
+    fn arm(&mut self, core: &mut Core) -> bool {
+        if core.event_idx {
+            // 2.7.10: a notification when the entry at avail_event is made available.
+            let offset = self.avail_event_offset();
+            self.used_field(offset).store(self.next_avail.to_le(), Ordering::Relaxed);
+            core.log_device(offset as u64, 2);
+        } else {
+            self.used_field(FLAGS).store(0, Ordering::Relaxed);
+            core.log_device(FLAGS as u64, 2);
+        }
+        // The wish is visible before the index is read, or a kick could be missed.
+        fence(Ordering::SeqCst);
+        core.log_commit();
+        u16::from_le(self.avail_field(IDX).load(Ordering::Acquire)) != self.next_avail
+    }
+
+    fn disarm(&mut self, core: &mut Core) {
+        // 2.7.10: with event index the flags are zero, and an avail_event that stays behind asks for nothing (but for one
+        // kick each time the index comes round, after 2^16 chains).
+        let flags = if core.event_idx { 0 } else { USED_NO_NOTIFY };
+        let field = self.used_field(FLAGS);
+        if u16::from_le(field.load(Ordering::Relaxed)) != flags {
+            field.store(flags.to_le(), Ordering::Relaxed);
+            core.log_device(FLAGS as u64, 2);
+            fence(Ordering::SeqCst);
+            core.log_commit();
+        }
+    }
+
+    fn base(&self) -> u32 {
+        u32::from(self.published)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::need_event;
+
+    #[test]
+    fn event_is_between_old_and_new() {
+        for (event, new, old, want) in [
+            (5, 6, 5, true),
+            (5, 5, 4, false),
+            (4, 6, 5, false),
+            (6, 6, 5, false),
+            (0xffff, 0, 0xfff0, true),
+            (1, 0, 0xffff, false),
+        ] {
+            assert_eq!(need_event(event, new, old), want, "event {event} {old}->{new}");
+        }
+    }
+}
