@@ -39,8 +39,7 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], fds: &mut Vec<OwnedFd>
     msg.msg_controllen = unsafe { libc::CMSG_SPACE((MAX_RECEIVED_FDS * mem::size_of::<RawFd>()) as u32) } as _;
     let bytes = loop {
         // SAFETY: all pointers in `msg` are to live buffers of the stated lengths.
-        let n =
-            unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut msg, libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) };
+        let n = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut msg, libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) };
         if n >= 0 {
             break n as usize;
         }
@@ -98,8 +97,7 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[RawFd]) -> io::Result<u
     }
     loop {
         // SAFETY: all pointers in `msg` are to live buffers of the stated lengths.
-        let n =
-            unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const msg, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+        let n = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const msg, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
         if n >= 0 {
             return Ok(n as usize);
         }
@@ -131,10 +129,6 @@ impl Wait {
     pub fn hangup(fd: RawFd) -> Self {
         Self { fd, events: libc::POLLRDHUP, revents: 0 }
     }
-    /// Not waited for.
-    pub fn nothing() -> Self {
-        Self { fd: -1, events: 0, revents: 0 }
-    }
     /// True when something happened.
     pub fn fired(&self) -> bool {
         self.revents != 0
@@ -159,46 +153,6 @@ pub fn poll(waits: &mut [Wait], timeout: Option<Duration>) -> io::Result<()> {
         w.revents = r.revents;
     }
     Ok(())
-}
-
-/// An eventfd of this process.
-#[derive(Debug)]
-pub struct Event(OwnedFd);
-
-impl Event {
-    /// A cleared, non-blocking, close-on-exec eventfd.
-    pub fn new() -> io::Result<Self> {
-        // SAFETY: plain system call.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a new descriptor that nobody else owns.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
-    }
-    /// Makes it readable.
-    pub fn signal(&self) {
-        signal_event(self.0.as_raw_fd());
-    }
-    /// Makes it unreadable.
-    pub fn clear(&self) {
-        let mut count = 0u64;
-        // SAFETY: eight bytes into a live u64. EAGAIN (was clear) is as good.
-        unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), 8) };
-    }
-}
-
-impl AsRawFd for Event {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
-}
-
-/// Adds one to an eventfd. Failure (full, or not an eventfd) does not matter: who is signalled already stays so.
-pub fn signal_event(fd: RawFd) {
-    let one = 1u64;
-    // SAFETY: eight bytes from a live u64.
-    unsafe { libc::write(fd, (&raw const one).cast(), 8) };
 }
 
 /// Prepares a kick, call or error descriptor of a frontend: it must be an eventfd, and writing to it must not block a PMD thread.
@@ -226,13 +180,8 @@ pub fn prepare_event(fd: BorrowedFd<'_>) -> io::Result<()> {
 /// # Errors
 /// For FUSE and network file systems, and when fstatfs fails.
 pub fn check_pages_are_local(fd: BorrowedFd<'_>) -> io::Result<()> {
-    const REMOTE: [(i64, &str); 5] = [
-        (0x6573_5546, "FUSE"),
-        (0x6969, "NFS"),
-        (0xff53_4d42, "CIFS"),
-        (0x0102_1997, "9p"),
-        (0x00c3_6400, "Ceph"),
-    ];
+    const REMOTE: [(i64, &str); 5] =
+        [(0x6573_5546, "FUSE"), (0x6969, "NFS"), (0xff53_4d42, "CIFS"), (0x0102_1997, "9p"), (0x00c3_6400, "Ceph")];
     // SAFETY: statfs is a C struct of integers; fstatfs fills it.
     let kind = unsafe {
         let mut s: libc::statfs = mem::zeroed();
@@ -250,19 +199,19 @@ pub fn check_pages_are_local(fd: BorrowedFd<'_>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::eventfd;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
     #[test]
     fn descriptors_travel_and_a_surplus_is_reported() {
         let (a, b) = UnixStream::pair().unwrap();
-        let event = Event::new().unwrap();
+        let event = eventfd::new().unwrap();
         assert_eq!(send(a.as_fd(), b"abc", &[event.as_raw_fd(); 3]).unwrap(), 3);
         let (mut buf, mut fds) = ([0u8; 8], Vec::new());
         let r = receive(b.as_fd(), &mut buf, &mut fds).unwrap();
         assert_eq!((r.bytes, r.truncated, fds.len()), (3, false, 3));
-        fds[2].as_fd();
-        signal_event(fds[2].as_raw_fd());
+        eventfd::signal(fds[2].as_raw_fd());
         let mut w = [Wait::readable(event.as_raw_fd())];
         poll(&mut w, Some(Duration::ZERO)).unwrap();
         assert!(w[0].fired());

@@ -109,11 +109,6 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// True when part of a message was read.
-    pub fn is_inside_message(&self) -> bool {
-        self.have != 0
-    }
-
     /// Reads on.
     pub fn read(&mut self, socket: BorrowedFd<'_>) -> Result<Progress, ReadError> {
         loop {
@@ -197,7 +192,7 @@ mod tests {
         a.write_all(&encode(1, VERSION, &[])).unwrap();
         let Progress::Message(m) = r.read(b.as_fd()).unwrap() else { panic!("no message") };
         assert_eq!((m.code, m.u64_at(0), m.u64_at(1), m.to_bytes()), (2, Some(7), None, bytes));
-        assert!(!r.is_inside_message());
+        assert_eq!(r.have, 0);
         let Progress::Message(m) = r.read(b.as_fd()).unwrap() else { panic!("no message") };
         assert_eq!((m.code, m.payload.len()), (1, 0));
         drop(a);

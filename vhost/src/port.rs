@@ -4,7 +4,7 @@
 //! runs them through the [relay](crate::relay) and answers, takes down rings that PMD threads reported, and quits
 //! when told. PMD threads only ever see the port's queues.
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use ferry_dataplane::qsbr::Domain;
 
-use crate::fdio::{self, Event, Wait};
+use crate::eventfd;
+use crate::fdio::{self, Wait};
 use crate::features::FeatureSwitches;
 use crate::message::{Progress, Reader};
 use crate::queue::{PortQueues, VhostRx, VhostTx};
@@ -92,7 +93,7 @@ pub enum PortError {
 struct Shared {
     config: VhostPortConfig,
     stop: AtomicBool,
-    wake: Event,
+    wake: OwnedFd,
     status: Mutex<VhostStatus>,
 }
 
@@ -160,7 +161,7 @@ impl VhostPort {
         let shared = Arc::new(Shared {
             config,
             stop: AtomicBool::new(false),
-            wake: Event::new()?,
+            wake: eventfd::new()?,
             status: Mutex::new(status),
         });
         let mut worker = Worker {
@@ -215,7 +216,7 @@ impl VhostPort {
     /// guest memory any more. Must not be called from a [`PortObserver`], nor by a PMD thread that is online.
     pub fn shutdown(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
-        self.shared.wake.signal();
+        eventfd::signal(self.shared.wake.as_raw_fd());
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

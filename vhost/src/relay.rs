@@ -232,8 +232,7 @@ impl<B: Backend> Relay<B> {
         let name = code_name(message.code);
         *counters.messages.entry(name).or_default() += 1;
         // NEED_REPLY means something only after REPLY_ACK was negotiated.
-        let acknowledge =
-            message.flags & NEED_REPLY != 0 && self.protocol_features & features::PROTOCOL_REPLY_ACK != 0;
+        let acknowledge = message.flags & NEED_REPLY != 0 && self.protocol_features & features::PROTOCOL_REPLY_ACK != 0;
         match self.judge(&mut message, acknowledge, counters) {
             Verdict::Forward => self.forward(&message, name, acknowledge, counters),
             Verdict::Done => Handled { reply: acknowledge.then(|| ack(message.code, true)), ..Handled::default() },

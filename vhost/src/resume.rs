@@ -60,13 +60,8 @@ mod tests {
             // SAFETY: creates a descriptor that the File owns.
             let file = unsafe { std::fs::File::from_raw_fd(libc::memfd_create(c"r".as_ptr(), libc::MFD_CLOEXEC)) };
             file.set_len(4096).unwrap();
-            let spec = RegionSpec {
-                guest_addr: 0,
-                user_addr: 0,
-                size: 4096,
-                mmap_offset: 0,
-                file: file.try_clone().unwrap(),
-            };
+            let spec =
+                RegionSpec { guest_addr: 0, user_addr: 0, size: 4096, mmap_offset: 0, file: file.try_clone().unwrap() };
             Self(file, MemoryMap::new(vec![GuestRegion::map(spec).unwrap()]).unwrap())
         }
         fn flags(&self, i: u64, flags: u16) {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-    VhostUserMemoryRegion, VhostUserSharedMsg, VhostUserShMemConfig, VhostUserSingleMemoryRegion,
+    VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion,
     VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
@@ -23,7 +23,7 @@ use vhost::vhost_user::{
 };
 
 use crate::dirty_log::DirtyLog;
-use crate::fdio;
+use crate::eventfd;
 use crate::features;
 use crate::memory::{GuestRegion, MAX_REGIONS, MemoryMap, RegionSpec};
 use crate::queue::PortQueues;
@@ -179,7 +179,8 @@ impl Session {
         if vring.running || !vring.enabled {
             return Ok(());
         }
-        let (Some(size), Some(areas), Some(mut base), Some(kick)) = (vring.size, vring.areas, vring.base, vring.kick.clone())
+        let (Some(size), Some(areas), Some(mut base), Some(kick)) =
+            (vring.size, vring.areas, vring.base, vring.kick.clone())
         else {
             return Ok(());
         };
@@ -216,7 +217,7 @@ impl Session {
         vring.starts += 1;
         // What was used before a stop may not have been announced: one notification too many does no harm.
         if let Some(call) = &vring.call {
-            fdio::signal_event(call.as_raw_fd());
+            eventfd::signal(call.as_raw_fd());
         }
         self.emit(PortEvent::VringStarted { index: index as u16, base });
         Ok(())
