@@ -1,7 +1,7 @@
 //! The daemon's state and the only way to change it: a whole new configuration is checked, planned and carried out, or
 //! everything is put back as it was.
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use ferry_migrate::announce;
@@ -133,7 +133,23 @@ pub struct Core {
 #[derive(Clone)]
 pub struct SharedCore(Arc<Mutex<Core>>);
 
+/// A [`SharedCore`] that does not keep the state alive.
+#[derive(Clone)]
+pub struct WeakCore(Weak<Mutex<Core>>);
+
+impl WeakCore {
+    /// The state, while it is there.
+    pub fn upgrade(&self) -> Option<SharedCore> {
+        self.0.upgrade().map(SharedCore)
+    }
+}
+
 impl SharedCore {
+    /// A reference that does not keep the state alive.
+    pub fn downgrade(&self) -> WeakCore {
+        WeakCore(Arc::downgrade(&self.0))
+    }
+
     /// Shares `core`.
     pub fn new(core: Core) -> Self {
         Self(Arc::new(Mutex::new(core)))

@@ -1,7 +1,12 @@
 //! ferryd and ferry: configuration, local API, metrics.
 
+pub mod api;
 pub mod config;
 pub mod core;
 pub mod engine;
+pub mod events;
+pub mod logs;
+pub mod metrics;
+pub mod notify;
 pub mod plan;
 pub mod threads;

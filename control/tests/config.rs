@@ -183,7 +183,7 @@ fn catalogue_of_errors() {
         (vhost("vlan = { mode = \"native-tagged\", tag = 2, trunks = [0] }"), "8:53", "VLAN 0 stands for", "remove it"),
         (vhost("features = { csum = false }"), "8:1", "needs checksum offload", "features.tso = false"),
         (dpdk("rx_descriptors = 1000"), "8:18", "power of two", "use 1024"),
-        (dpdk("mbufs = 1024"), "8:9", "do not fill", "at least 2048"),
+        (dpdk("mbufs = 512"), "8:9", "do not fill", "at least 1024, or 0"),
         (dpdk("mtu = 9001"), "8:7", "must be 68 to 9000", "9000"),
         ("[metrics]\nlisten = \"0.0.0.0:9477\"".into(), "2:10", "reached from other hosts", "allow_remote = true"),
         ("[metrics]\nlisten = \"localhost\"".into(), "2:10", "not an address with port", "127.0.0.1:9477"),

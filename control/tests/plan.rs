@@ -108,7 +108,7 @@ impl Engine for ModelEngine {
         let mut m = self.model.lock().unwrap();
         assert!(m.bridges.contains_key(&p.bridge));
         let old = m.ports.insert(p.name.clone(), p.clone()).unwrap();
-        assert!(old.live_change(p));
+        assert!(old.live_change(p), "{old:?} {p:?}");
         Ok(())
     }
     fn remove_port(&mut self, name: &str) -> Result<(), EngineError> {

@@ -178,11 +178,11 @@ fn check_port(config: &Config, port: &PortConfig, at: &str, problems: &mut Vec<P
                 }
             }
             let least = d.rx_queues * d.rx_descriptors;
-            if d.mbufs <= least {
+            if d.mbufs != 0 && d.mbufs <= least {
                 problems.push(Problem::value(
                     format!("{at}.mbufs"),
                     format!("{} buffers do not fill the {least} receive descriptors", d.mbufs),
-                    format!("use at least {}", (least * 2).next_power_of_two()),
+                    format!("use at least {}, or 0", (least * 2).next_power_of_two()),
                 ));
             }
         }

@@ -154,18 +154,33 @@ pub enum LogFormat {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DpdkConfig {
-    /// Takes memory from hugepages; without them physical NICs do not work.
-    pub hugepages: bool,
+    /// Where its memory comes from.
+    pub memory: DpdkMemory,
     /// Memory reserved for DPDK, MiB.
     pub memory_mb: u32,
+    /// Looks for PCI devices.
+    pub pci: bool,
     /// Further arguments for the EAL.
     pub extra_args: Vec<String>,
 }
 
 impl Default for DpdkConfig {
     fn default() -> Self {
-        Self { hugepages: true, memory_mb: 256, extra_args: Vec::new() }
+        Self { memory: DpdkMemory::Auto, memory_mb: 256, pci: true, extra_args: Vec::new() }
     }
+}
+
+/// Where DPDK's memory comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DpdkMemory {
+    /// Hugepages when enough are free, else ordinary memory.
+    #[default]
+    Auto,
+    /// Hugepages.
+    Hugepages,
+    /// Ordinary memory.
+    NoHuge,
 }
 
 /// `[[bridge]]`
@@ -296,11 +311,28 @@ pub struct VirtioFeatures {
     pub csum: bool,
     /// TCP segmentation offload, IPv4 and IPv6.
     pub tso: bool,
+    /// The guest announces itself after a migration.
+    pub guest_announce: bool,
+    /// Dirty-page logging: QEMU refuses to migrate the guest without.
+    pub migration: bool,
+    /// Memory hot-plug region by region.
+    pub mem_slots: bool,
 }
 
 impl Default for VirtioFeatures {
     fn default() -> Self {
-        Self { packed: true, mrg_rxbuf: true, indirect: true, event_idx: true, in_order: true, csum: true, tso: true }
+        Self {
+            packed: true,
+            mrg_rxbuf: true,
+            indirect: true,
+            event_idx: true,
+            in_order: true,
+            csum: true,
+            tso: true,
+            guest_announce: true,
+            migration: true,
+            mem_slots: true,
+        }
     }
 }
 
@@ -312,7 +344,7 @@ pub struct DpdkPortConfig {
     /// Receive queues.
     #[serde(default = "one")]
     pub rx_queues: u32,
-    /// Transmit queues; 0: one per PMD thread, as far as the device has them.
+    /// Transmit queues; 0: as many as receive queues.
     #[serde(default)]
     pub tx_queues: u32,
     /// Descriptors per receive queue.
@@ -321,8 +353,8 @@ pub struct DpdkPortConfig {
     /// Descriptors per transmit queue.
     #[serde(default = "default_descriptors")]
     pub tx_descriptors: u32,
-    /// Packet buffers in the port's pool.
-    #[serde(default = "default_mbufs")]
+    /// Packet buffers in the port's pool; 0: chosen by the queues.
+    #[serde(default)]
     pub mbufs: u32,
     /// Receives frames for every address: a bridge needs that.
     #[serde(default = "yes")]
@@ -330,10 +362,7 @@ pub struct DpdkPortConfig {
 }
 
 fn default_descriptors() -> u32 {
-    1024
-}
-fn default_mbufs() -> u32 {
-    8192
+    512
 }
 
 /// How a port belongs to VLANs.
@@ -505,10 +534,15 @@ impl PortConfig {
         }
     }
 
-    /// True when turning into `to` takes no restart of the port: only what the switch itself keeps has changed.
+    /// True when turning into `to` takes no restart of the port. The MTU is part of what a guest negotiates and of how a device's buffers
+    /// are cut, so that it takes one.
     pub fn live_change(&self, to: &PortConfig) -> bool {
-        // A device's MTU is set when it is opened; a vhost-user port's is a limit of the switch.
-        let mtu_live = matches!(self.kind, PortKind::VhostUser(_)) || self.mtu == to.mtu;
-        self.name == to.name && self.kind == to.kind && mtu_live
+        let kind = match (&self.kind, &to.kind) {
+            (PortKind::Dpdk(a), PortKind::Dpdk(b)) => {
+                *a == DpdkPortConfig { promiscuous: a.promiscuous, ..b.clone() }
+            }
+            (a, b) => a == b,
+        };
+        self.name == to.name && self.mtu == to.mtu && kind
     }
 }

@@ -38,8 +38,8 @@ pub struct Opened<K: Kinds> {
 pub trait Opener: Send {
     /// The kinds of queue it makes.
     type K: Kinds;
-    /// Opens a port for a switch of `domain`; `pmds` is how many PMD threads there are.
-    fn open(&mut self, port: &PortConfig, domain: &Arc<Domain>, pmds: usize) -> Result<Opened<Self::K>, EngineError>;
+    /// Opens a port for a switch of `domain`.
+    fn open(&mut self, port: &PortConfig, domain: &Arc<Domain>) -> Result<Opened<Self::K>, EngineError>;
     /// Sets what DPDK will be started with.
     fn set_dpdk(&mut self, dpdk: &DpdkConfig) -> Result<(), EngineError>;
     /// True once DPDK runs.
