@@ -544,7 +544,10 @@ fn set_up(
         tx_offloads,
         rss_hash_functions,
     };
-    if log::quietly(|| request.start(&info, pool, true)).is_err() {
+    // Not with virtual devices other than net_tap: their descriptors come and go with the peer (net_vhost), and net_virtio_user
+    // leaves its interrupt callback behind when it is closed, which EAL's interrupt thread then calls (seen as a crash).
+    let interrupts = driver == "net_tap" || probed.bus == "pci";
+    if !interrupts || log::quietly(|| request.start(&info, pool, true)).is_err() {
         request.start(&info, pool, false)?;
     }
 
@@ -566,7 +569,8 @@ fn set_up(
             warnings.push(format!("promiscuous mode was refused: {}", reason(ret)));
         }
     }
-    let signals: Vec<RxSignal> = (0..rx_queues).map(|q| log::quietly(|| rx_signal(port, q))).collect();
+    let signals: Vec<RxSignal> =
+        (0..rx_queues).map(|q| if interrupts { log::quietly(|| rx_signal(port, q)) } else { RxSignal::None }).collect();
     for signal in &signals {
         if let RxSignal::Level(fd) = signal {
             crate::signals::direct_to_sink(*fd);
