@@ -26,10 +26,11 @@ use ferry_dpdk_sys as sys;
 use serde::Serialize;
 
 use crate::eal::Eal;
-use crate::ethdev::{DeviceConfig, DeviceError, DeviceStats, EthDevice, Link, OpenDevice, RxQueue, RxSignal, TxQueue};
+use crate::ethdev::{DeviceConfig, DeviceError, DeviceStats, EthDevice, Link, OpenDevice};
 use crate::mbuf::{Mbuf, MbufBurst};
 use crate::mempool::Mempool;
 use crate::offload::{self, DeviceOffloads, Plan, Sum};
+use crate::queue::{RxQueue, RxSignal, TxQueue};
 use crate::thread;
 
 /// Shortest frame sent: an Ethernet header. Devices pad to the wire's minimum.
