@@ -1,12 +1,12 @@
 //! Changes of memory, log and features under running rings.
-mod support;
+mod session_support;
 
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use ferry_vhost::signals::PortEvent;
-use support::*;
+use session_support::*;
 
 const BASIC: u64 = VERSION_1 | PROTOCOL;
 

@@ -1,5 +1,5 @@
 //! The session against DPDK's virtio-user (dpdk-testpmd sending as fast as it can), split and packed. Skipped where it is not installed.
-mod support;
+mod session_support;
 
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use ferry_dataplane::qsbr::Domain;
 use ferry_vhost::port::{VhostPort, VhostPortConfig};
 use ferry_vhost::signals::NoObserver;
 use ferry_vhost::socket::Role;
-use support::*;
+use session_support::*;
 
 struct Testpmd(Child);
 

@@ -1,70 +1,27 @@
-//! A frontend made of raw bytes, a guest memory, and a thread that polls like a PMD thread.
-#![allow(unsafe_code, dead_code)] // memfd_create and eventfd; each test file uses its part.
+//! A guest in a box: memory over memfd, a virtio driver for both ring formats as virtio 1.3 describes it, and one turn
+//! of a switch that sends every received frame on.
+#![allow(dead_code, unsafe_code)] // Each test file uses a part; guest memory is raw memory here as well.
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
-use ferry_dataplane::frame::RxBurst;
-use ferry_dataplane::port::RxQueue;
-use ferry_dataplane::qsbr::Domain;
-use ferry_vhost::port::{VhostPort, VhostPortConfig};
-use ferry_vhost::signals::{PortEvent, PortObserver};
-use ferry_vhost::socket::Role;
-use ferry_vhost::status::VhostStatus;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+use ferry_dataplane::frame::{BURST, RxBurst, TxFrame};
+use ferry_dataplane::port::{RxQueue, TxPort, TxReport};
+use ferry_dataplane::qsbr::{Domain, Guard};
+use ferry_vhost::dirty_log::DirtyLog;
+use ferry_vhost::memory::{GuestRegion, MemoryMap, RegionSpec};
+use ferry_vhost::net_header::feature;
+use ferry_vhost::queue::{PortQueues, VhostRx, VhostTx};
+use ferry_vhost::ring::{Ring, RingConfig};
 
-pub const GET_FEATURES: u32 = 1;
-pub const SET_FEATURES: u32 = 2;
-pub const SET_OWNER: u32 = 3;
-pub const RESET_OWNER: u32 = 4;
-pub const SET_MEM_TABLE: u32 = 5;
-pub const SET_LOG_BASE: u32 = 6;
-pub const SET_VRING_NUM: u32 = 8;
-pub const SET_VRING_ADDR: u32 = 9;
-pub const SET_VRING_BASE: u32 = 10;
-pub const GET_VRING_BASE: u32 = 11;
-pub const SET_VRING_KICK: u32 = 12;
-pub const SET_VRING_CALL: u32 = 13;
-pub const SET_VRING_ERR: u32 = 14;
-pub const GET_PROTOCOL_FEATURES: u32 = 15;
-pub const SET_PROTOCOL_FEATURES: u32 = 16;
-pub const GET_QUEUE_NUM: u32 = 17;
-pub const SET_VRING_ENABLE: u32 = 18;
-pub const SEND_RARP: u32 = 19;
-pub const NET_SET_MTU: u32 = 20;
-pub const GET_CONFIG: u32 = 24;
-pub const GET_INFLIGHT_FD: u32 = 31;
-pub const RESET_DEVICE: u32 = 34;
-pub const GET_MAX_MEM_SLOTS: u32 = 36;
-pub const ADD_MEM_REG: u32 = 37;
-pub const REM_MEM_REG: u32 = 38;
-
-pub const VERSION: u32 = 1;
-pub const NEED_REPLY: u32 = 8;
-
-pub const LOG_ALL: u64 = 1 << 26;
-pub const PROTOCOL: u64 = 1 << 30;
-pub const VERSION_1: u64 = 1 << 32;
-pub const PACKED: u64 = 1 << 34;
-
-pub const MEMORY_BYTES: u64 = 2 << 20;
-pub const GUEST_BASE: u64 = 0x10_0000;
-pub const USER_BASE: u64 = 0x7f12_0000_0000;
-pub const RING_SIZE: u32 = 256;
-/// Each ring's areas lie in 64 KiB of their own.
-pub const RING_STRIDE: u64 = 0x1_0000;
+pub const USER_BASE: u64 = 0x7f00_0000_0000;
 
 pub fn memfd(len: u64) -> File {
-    // SAFETY: a new descriptor, owned by the File.
+    // SAFETY: creates a new descriptor, owned by the File from here on.
     let file = unsafe {
-        let fd = libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC);
+        let fd = libc::memfd_create(c"ferry-guest".as_ptr(), libc::MFD_CLOEXEC);
         assert!(fd >= 0);
         File::from_raw_fd(fd)
     };
@@ -73,325 +30,590 @@ pub fn memfd(len: u64) -> File {
 }
 
 pub fn eventfd() -> OwnedFd {
-    // SAFETY: a new descriptor, owned by the result.
-    unsafe {
-        let fd = libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
-        assert!(fd >= 0);
-        OwnedFd::from_raw_fd(fd)
+    // SAFETY: creates a new descriptor, owned from here on.
+    unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)) }
+}
+
+/// Reads and clears an eventfd's count.
+pub fn take_count(fd: &OwnedFd) -> u64 {
+    let mut n = 0u64;
+    // SAFETY: eight bytes into a local.
+    let got = unsafe { libc::read(fd.as_raw_fd(), (&raw mut n).cast(), 8) };
+    if got == 8 { n } else { 0 }
+}
+
+/// Guest memory as the guest sees it: `regions` pieces of equal size, adjacent in guest physical space, each its own file
+/// (and so not adjacent in the switch's address space).
+pub struct GuestMem {
+    pub base: u64,
+    region_size: u64,
+    maps: Vec<(*mut u8, File)>,
+}
+
+// SAFETY: plain shared memory; the driver uses atomics where the device looks concurrently.
+unsafe impl Send for GuestMem {}
+// SAFETY: as above.
+unsafe impl Sync for GuestMem {}
+
+impl GuestMem {
+    pub fn new(base: u64, regions: usize, region_size: u64) -> Arc<Self> {
+        let maps = (0..regions)
+            .map(|_| {
+                let file = memfd(region_size);
+                // SAFETY: a fresh mapping of our own file.
+                let p = unsafe {
+                    libc::mmap(
+                        std::ptr::null_mut(),
+                        region_size as usize,
+                        libc::PROT_READ | libc::PROT_WRITE,
+                        libc::MAP_SHARED,
+                        file.as_raw_fd(),
+                        0,
+                    )
+                };
+                assert_ne!(p, libc::MAP_FAILED);
+                (p.cast::<u8>(), file)
+            })
+            .collect();
+        Arc::new(Self { base, region_size, maps })
+    }
+
+    pub fn size(&self) -> u64 {
+        self.region_size * self.maps.len() as u64
+    }
+
+    pub fn end(&self) -> u64 {
+        self.base + self.size()
+    }
+
+    /// What the switch is told.
+    pub fn memory_map(&self) -> Arc<MemoryMap> {
+        let regions = self
+            .maps
+            .iter()
+            .enumerate()
+            .map(|(i, (_, file))| {
+                let guest_addr = self.base + i as u64 * self.region_size;
+                GuestRegion::map(RegionSpec {
+                    guest_addr,
+                    user_addr: USER_BASE + guest_addr,
+                    size: self.region_size,
+                    mmap_offset: 0,
+                    file: file.try_clone().unwrap(),
+                })
+                .unwrap()
+            })
+            .collect();
+        MemoryMap::new(regions).unwrap()
+    }
+
+    pub fn ptr(&self, gpa: u64) -> *mut u8 {
+        let off = gpa - self.base;
+        let (p, _) = &self.maps[(off / self.region_size) as usize];
+        // SAFETY: inside the mapping.
+        unsafe { p.add((off % self.region_size) as usize) }
+    }
+
+    pub fn write(&self, gpa: u64, data: &[u8]) {
+        for (i, b) in data.iter().enumerate() {
+            // SAFETY: ptr checks the range.
+            unsafe { self.ptr(gpa + i as u64).write_volatile(*b) };
+        }
+    }
+
+    pub fn read(&self, gpa: u64, len: usize) -> Vec<u8> {
+        // SAFETY: ptr checks the range.
+        (0..len).map(|i| unsafe { self.ptr(gpa + i as u64).read_volatile() }).collect()
+    }
+
+    pub fn all(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(self.size() as usize);
+        for (p, _) in &self.maps {
+            // SAFETY: the whole mapping.
+            out.extend_from_slice(unsafe { std::slice::from_raw_parts(*p, self.region_size as usize) });
+        }
+        out
+    }
+
+    pub fn u16(&self, gpa: u64) -> &AtomicU16 {
+        assert_eq!(gpa % 2, 0);
+        // SAFETY: mapped and aligned.
+        unsafe { AtomicU16::from_ptr(self.ptr(gpa).cast()) }
+    }
+
+    pub fn u32(&self, gpa: u64) -> &AtomicU32 {
+        assert_eq!(gpa % 4, 0);
+        // SAFETY: mapped and aligned.
+        unsafe { AtomicU32::from_ptr(self.ptr(gpa).cast()) }
     }
 }
 
-pub fn open_fds() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
-}
-
-/// Waits for `condition`, failing after ten seconds.
-pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(10);
-    while !condition() {
-        assert!(Instant::now() < end, "never happened: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-#[derive(Default)]
-pub struct Recorder(pub Mutex<Vec<PortEvent>>);
-
-impl PortObserver for Recorder {
-    fn event(&self, event: &PortEvent) {
-        self.0.lock().unwrap().push(event.clone());
-    }
-}
-
-impl Recorder {
-    pub fn names(&self) -> Vec<String> {
-        let name = |e: &PortEvent| format!("{e:?}").split([' ', '{', '(']).next().unwrap().to_owned();
-        self.0.lock().unwrap().iter().map(name).collect()
-    }
-    pub fn any(&self, f: impl Fn(&PortEvent) -> bool) -> bool {
-        self.0.lock().unwrap().iter().any(f)
-    }
-    pub fn count(&self, f: impl Fn(&PortEvent) -> bool) -> usize {
-        self.0.lock().unwrap().iter().filter(|e| f(e)).count()
-    }
-}
-
-/// A port with its socket in a directory of its own and a thread that polls its receive queues.
-pub struct Fixture {
-    pub dir: tempfile::TempDir,
-    pub path: PathBuf,
-    pub domain: Arc<Domain>,
-    pub events: Arc<Recorder>,
-    pub pmd: Pmd,
-    pub port: VhostPort,
-}
-
-impl Fixture {
-    pub fn new() -> Self {
-        Self::with(|_| {})
-    }
-
-    pub fn with(change: impl FnOnce(&mut VhostPortConfig)) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("p.sock");
-        let mut config = VhostPortConfig::new("test", &path, Role::Server);
-        change(&mut config);
-        let domain = Domain::new();
-        let events = Arc::new(Recorder::default());
-        let mut port = VhostPort::start(config, Arc::clone(&domain), Arc::clone(&events) as _).unwrap();
-        let pmd = Pmd::start(&domain, &mut port);
-        Self { dir, path, domain, events, pmd, port }
-    }
-
-    pub fn status(&self) -> VhostStatus {
-        self.port.status()
-    }
-
-    pub fn peer(&self) -> Peer {
-        Peer::connect(&self.path)
-    }
-
-    pub fn running(&self) -> usize {
-        self.status().rings.iter().filter(|r| r.running).count()
-    }
-
-    pub fn wait_running(&self, rings: usize) {
-        eventually(&format!("{rings} rings running; {:?}", self.status()), || self.running() == rings);
-    }
-}
-
-/// Polls receive queues until dropped.
-pub struct Pmd {
-    stop: Arc<AtomicBool>,
-    pub frames: Arc<AtomicU64>,
-    pub rounds: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Pmd {
-    pub fn start(domain: &Arc<Domain>, port: &mut VhostPort) -> Self {
-        let (stop, frames, rounds) =
-            (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-        let mut queues = port.take_rx_queues();
-        let domain = Arc::clone(domain);
-        let (stop2, frames2, rounds2) = (Arc::clone(&stop), Arc::clone(&frames), Arc::clone(&rounds));
-        let thread = std::thread::spawn(move || {
-            let mut guard = domain.register().unwrap();
-            let mut burst = RxBurst::new();
-            while !stop2.load(Ordering::Relaxed) {
-                for queue in &mut queues {
-                    queue.receive(&guard, &mut burst);
-                    burst.take_snapshots();
-                    frames2.fetch_add(burst.len() as u64, Ordering::Relaxed);
-                    queue.release(&guard);
-                    burst.clear();
-                }
-                rounds2.fetch_add(1, Ordering::Relaxed);
-                guard.quiescent();
-                // Tests run many of these on few processors.
-                std::thread::sleep(Duration::from_micros(200));
-            }
-        });
-        Self { stop, frames, rounds, thread: Some(thread) }
-    }
-}
-
-impl Drop for Pmd {
+impl Drop for GuestMem {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().unwrap().join().unwrap();
+        for (p, _) in &self.maps {
+            // SAFETY: mapped in `new`.
+            unsafe { libc::munmap(p.cast(), self.region_size as usize) };
+        }
     }
 }
 
-pub struct Reply {
-    pub code: u32,
-    pub flags: u32,
-    pub payload: Vec<u8>,
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+pub const INDIRECT: u16 = 4;
+pub const AVAIL: u16 = 1 << 7;
+pub const USED: u16 = 1 << 15;
+
+/// One buffer of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buf {
+    pub gpa: u64,
+    pub len: u32,
+    pub writable: bool,
 }
 
-impl Reply {
-    pub fn u64(&self) -> u64 {
-        u64::from_ne_bytes(self.payload[..8].try_into().unwrap())
+struct InFlight {
+    bufs: Vec<Buf>,
+    descs: Vec<u16>,
+    slots: u16,
+}
+
+/// A virtio driver's side of one ring.
+pub struct Driver {
+    pub mem: Arc<GuestMem>,
+    pub index: u16,
+    pub size: u16,
+    pub features: u64,
+    pub desc: u64,
+    pub driver: u64,
+    pub device: u64,
+    /// Indirect tables, 1 KiB per chain.
+    tables: u64,
+    pub call: OwnedFd,
+    pub kick: Arc<OwnedFd>,
+    free: VecDeque<u16>,
+    in_flight: Vec<Option<InFlight>>,
+    // split: avail and used index; packed: slot and wrap of both.
+    pub next_avail: u16,
+    pub avail_wrap: bool,
+    pub next_used: u16,
+    pub used_wrap: bool,
+    free_slots: u16,
+    /// Packed: head flags not yet written.
+    unpublished: Option<(u16, u16)>,
+    published: (u16, bool),
+}
+
+fn align(at: u64, to: u64) -> u64 {
+    at.next_multiple_of(to)
+}
+
+impl Driver {
+    /// Bytes of guest memory a ring takes, tables included.
+    pub fn footprint(size: u16) -> u64 {
+        let n = u64::from(size);
+        align(16 * n, 4096) + align(6 + 2 * n, 4096) + align(6 + 8 * n, 4096) + 1024 * n
     }
-    pub fn state(&self) -> (u32, u32) {
-        let word = |at: usize| u32::from_ne_bytes(self.payload[at..at + 4].try_into().unwrap());
-        (word(0), word(4))
+
+    pub fn new(mem: &Arc<GuestMem>, index: u16, size: u16, features: u64, at: u64) -> Self {
+        let n = u64::from(size);
+        let desc = at;
+        let driver = desc + align(16 * n, 4096);
+        let device = driver + align(6 + 2 * n, 4096);
+        let tables = device + align(6 + 8 * n, 4096);
+        Self {
+            mem: Arc::clone(mem),
+            index,
+            size,
+            features,
+            desc,
+            driver,
+            device,
+            tables,
+            call: eventfd(),
+            kick: Arc::new(eventfd()),
+            free: (0..size).collect(),
+            in_flight: (0..size).map(|_| None).collect(),
+            next_avail: 0,
+            avail_wrap: true,
+            next_used: 0,
+            used_wrap: true,
+            free_slots: size,
+            unpublished: None,
+            published: (0, true),
+        }
     }
-}
 
-pub fn words(words: &[u64]) -> Vec<u8> {
-    words.iter().flat_map(|w| w.to_ne_bytes()).collect()
-}
+    pub fn packed(&self) -> bool {
+        self.features & feature::RING_PACKED != 0
+    }
+    pub fn event_idx(&self) -> bool {
+        self.features & feature::EVENT_IDX != 0
+    }
 
-pub fn state(index: u32, num: u32) -> Vec<u8> {
-    [index.to_ne_bytes(), num.to_ne_bytes()].concat()
-}
+    /// Base of a ring that has never run.
+    pub fn fresh_base(&self) -> u32 {
+        if self.packed() { 0x8000_8000 } else { 0 }
+    }
 
-pub fn encode(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
-    [&code.to_ne_bytes(), &flags.to_ne_bytes(), &(payload.len() as u32).to_ne_bytes(), payload].concat()
-}
+    /// Starts the indexes of a never used ring elsewhere: wraparound comes soon.
+    pub fn start_at(&mut self, idx: u16) {
+        assert!(!self.packed());
+        self.mem.u16(self.driver + 2).store(idx, Ordering::Relaxed);
+        self.mem.u16(self.device + 2).store(idx, Ordering::Relaxed);
+        (self.next_avail, self.next_used, self.published) = (idx, idx, (idx, true));
+    }
 
-/// A frontend.
-pub struct Peer {
-    pub stream: UnixStream,
-    pub calls: Vec<OwnedFd>,
-}
+    pub fn config(&self, memory: &Arc<MemoryMap>, base: u32, log: Option<&Arc<DirtyLog>>) -> RingConfig {
+        RingConfig {
+            index: self.index,
+            size: self.size,
+            desc_user_addr: USER_BASE + self.desc,
+            driver_user_addr: USER_BASE + self.driver,
+            device_user_addr: USER_BASE + self.device,
+            log_guest_addr: log.map(|_| self.device),
+            base,
+            features: self.features | if log.is_some() { feature::LOG_ALL } else { 0 },
+            memory: Arc::clone(memory),
+            log: log.cloned(),
+            call: Some(self.call.try_clone().unwrap()),
+            kick: Some(Arc::clone(&self.kick)),
+            err: None,
+        }
+    }
 
-impl Peer {
-    pub fn connect(path: &Path) -> Self {
-        let end = Instant::now() + Duration::from_secs(10);
-        loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => return Self::on(stream),
-                Err(e) => assert!(Instant::now() < end, "connect: {e}"),
+    /// Writes descriptor `i` of the table or ring at `table`, as the split format lays it out.
+    pub fn write_split_desc(&self, table: u64, i: u16, gpa: u64, len: u32, flags: u16, next: u16) {
+        let at = table + 16 * u64::from(i);
+        self.mem.write(at, &gpa.to_le_bytes());
+        self.mem.write(at + 8, &len.to_le_bytes());
+        self.mem.write(at + 12, &flags.to_le_bytes());
+        self.mem.write(at + 14, &next.to_le_bytes());
+    }
+
+    pub fn write_packed_desc(&self, table: u64, i: u16, gpa: u64, len: u32, id: u16) {
+        let at = table + 16 * u64::from(i);
+        self.mem.write(at, &gpa.to_le_bytes());
+        self.mem.write(at + 8, &len.to_le_bytes());
+        self.mem.write(at + 12, &id.to_le_bytes());
+    }
+
+    pub fn set_avail_entry(&self, idx: u16, head: u16) {
+        self.mem.u16(self.driver + 4 + 2 * u64::from(idx & (self.size - 1))).store(head, Ordering::Relaxed);
+    }
+
+    pub fn set_avail_idx(&self, idx: u16) {
+        self.mem.u16(self.driver + 2).store(idx, Ordering::Release);
+    }
+
+    fn write_table(&self, table: u64, bufs: &[Buf]) {
+        for (i, b) in bufs.iter().enumerate() {
+            let w = if b.writable { WRITE } else { 0 };
+            if self.packed() {
+                self.write_packed_desc(table, i as u16, b.gpa, b.len, 0);
+                self.mem.u16(table + 16 * i as u64 + 14).store(w, Ordering::Relaxed);
+            } else {
+                let next = if i + 1 < bufs.len() { NEXT } else { 0 };
+                self.write_split_desc(table, i as u16, b.gpa, b.len, w | next, i as u16 + 1);
             }
-            std::thread::sleep(Duration::from_millis(5));
         }
     }
 
-    pub fn accept(listener: &UnixListener) -> Self {
-        Self::on(listener.accept().unwrap().0)
+    /// Room for one more chain of `descs` descriptors.
+    pub fn has_room(&self, descs: usize, indirect: bool) -> bool {
+        let need = if indirect { 1 } else { descs };
+        if self.packed() {
+            usize::from(self.free_slots) >= need && !self.free.is_empty()
+        } else {
+            self.free.len() >= need
+        }
     }
 
-    fn on(stream: UnixStream) -> Self {
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        stream.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
-        Self { stream, calls: Vec::new() }
+    /// Adds a chain; the device sees it after `publish`. False when the ring is full.
+    pub fn add(&mut self, bufs: &[Buf], indirect: bool) -> bool {
+        if !self.has_room(bufs.len(), indirect) {
+            return false;
+        }
+        if self.packed() {
+            self.add_packed(bufs, indirect)
+        } else {
+            self.add_split(bufs, indirect)
+        }
+        true
     }
 
-    pub fn raw(&mut self, bytes: &[u8], fds: &[RawFd]) -> io::Result<usize> {
-        self.stream.send_with_fds(&[bytes], fds).map_err(|e| io::Error::from_raw_os_error(e.errno()))
+    fn add_split(&mut self, bufs: &[Buf], indirect: bool) {
+        let need = if indirect { 1 } else { bufs.len() };
+        let descs: Vec<u16> = self.free.drain(..need).collect();
+        let head = descs[0];
+        if indirect {
+            let table = self.tables + 1024 * u64::from(head);
+            self.write_table(table, bufs);
+            self.write_split_desc(self.desc, head, table, 16 * bufs.len() as u32, INDIRECT, 0xdead);
+        } else {
+            for (i, b) in bufs.iter().enumerate() {
+                let w = if b.writable { WRITE } else { 0 };
+                let (next, flag) = descs.get(i + 1).map_or((0xbeef, 0), |n| (*n, NEXT));
+                self.write_split_desc(self.desc, descs[i], b.gpa, b.len, w | flag, next);
+            }
+        }
+        self.set_avail_entry(self.next_avail, head);
+        self.next_avail = self.next_avail.wrapping_add(1);
+        self.in_flight[usize::from(head)] = Some(InFlight { bufs: bufs.to_vec(), descs, slots: 1 });
     }
 
-    pub fn send_fds(&mut self, code: u32, flags: u32, payload: &[u8], fds: &[RawFd]) {
-        let bytes = encode(code, VERSION | flags, payload);
-        assert_eq!(self.raw(&bytes, fds).unwrap(), bytes.len());
+    fn add_packed(&mut self, bufs: &[Buf], indirect: bool) {
+        let id = self.free.pop_front().unwrap();
+        let list: Vec<Buf> = if indirect {
+            let table = self.tables + 1024 * u64::from(id);
+            self.write_table(table, bufs);
+            vec![Buf { gpa: table, len: 16 * bufs.len() as u32, writable: false }]
+        } else {
+            bufs.to_vec()
+        };
+        for (i, b) in list.iter().enumerate() {
+            let last = i + 1 == list.len();
+            self.write_packed_desc(self.desc, self.next_avail, b.gpa, b.len, if last { id } else { 0x5a5a });
+            let mut flags = if self.avail_wrap { AVAIL } else { USED };
+            flags |=
+                if last { 0 } else { NEXT } | if b.writable { WRITE } else { 0 } | if indirect { INDIRECT } else { 0 };
+            if self.unpublished.is_none() {
+                self.unpublished = Some((self.next_avail, flags));
+            } else {
+                let at = self.desc + 16 * u64::from(self.next_avail) + 14;
+                self.mem.u16(at).store(flags, Ordering::Release);
+            }
+            self.next_avail += 1;
+            if self.next_avail == self.size {
+                self.next_avail = 0;
+                self.avail_wrap = !self.avail_wrap;
+            }
+        }
+        self.free_slots -= list.len() as u16;
+        self.in_flight[usize::from(id)] =
+            Some(InFlight { bufs: bufs.to_vec(), descs: vec![id], slots: list.len() as u16 });
     }
 
-    pub fn send(&mut self, code: u32, payload: &[u8]) {
-        self.send_fds(code, 0, payload, &[]);
-    }
-
-    pub fn receive(&mut self) -> io::Result<Reply> {
-        let mut header = [0u8; 12];
-        self.stream.read_exact(&mut header)?;
-        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
-        let mut payload = vec![0; word(8) as usize];
-        self.stream.read_exact(&mut payload)?;
-        Ok(Reply { code: word(0), flags: word(4), payload })
-    }
-
-    /// Sends a request that always has a reply.
-    pub fn ask(&mut self, code: u32, payload: &[u8]) -> Reply {
-        self.send(code, payload);
-        let reply = self.receive().unwrap();
-        assert_eq!((reply.code, reply.flags), (code, VERSION | 4));
-        reply
-    }
-
-    /// Sends a request with NEED_REPLY and returns the acknowledgement: 0 is success.
-    pub fn ack_fds(&mut self, code: u32, payload: &[u8], fds: &[RawFd]) -> u64 {
-        self.send_fds(code, NEED_REPLY, payload, fds);
-        let reply = self.receive().unwrap();
-        assert_eq!((reply.code, reply.flags, reply.payload.len()), (code, VERSION | 4, 8));
-        reply.u64()
-    }
-
-    pub fn ack(&mut self, code: u32, payload: &[u8]) -> u64 {
-        self.ack_fds(code, payload, &[])
-    }
-
-    /// True when the other side has closed the connection.
-    pub fn is_closed(&mut self) -> bool {
-        let mut byte = [0u8; 256];
-        loop {
-            match self.stream.read(&mut byte) {
-                Ok(0) => return true,
-                Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return true,
-                Err(_) => return false,
+    /// Makes everything added available. True when the device asked for a kick (2.7.10, 2.8.10).
+    pub fn publish(&mut self) -> bool {
+        let old = self.published;
+        self.published = (self.next_avail, self.avail_wrap);
+        if old == self.published && self.unpublished.is_none() {
+            return false;
+        }
+        if self.packed() {
+            let (slot, flags) = self.unpublished.take().unwrap();
+            self.mem.u16(self.desc + 16 * u64::from(slot) + 14).store(flags, Ordering::Release);
+            fence(Ordering::SeqCst);
+            let event = self.mem.u32(self.device).load(Ordering::SeqCst);
+            match event >> 16 {
+                0 => true,
+                1 => false,
+                2 => {
+                    assert!(self.event_idx());
+                    // The device wants a kick when this very descriptor is made available.
+                    let (mut idx, mut wrap) = old;
+                    while (idx, wrap) != self.published {
+                        if event as u16 == idx | (u16::from(wrap) << 15) {
+                            return true;
+                        }
+                        idx += 1;
+                        if idx == self.size {
+                            (idx, wrap) = (0, !wrap);
+                        }
+                    }
+                    false
+                }
+                f => panic!("reserved event flags {f}"),
+            }
+        } else {
+            self.set_avail_idx(self.next_avail);
+            fence(Ordering::SeqCst);
+            if self.event_idx() {
+                assert_eq!(self.mem.u16(self.device).load(Ordering::Relaxed), 0, "2.7.10: flags are zero");
+                let event = self.mem.u16(self.device + 4 + 8 * u64::from(self.size)).load(Ordering::SeqCst);
+                self.next_avail.wrapping_sub(event).wrapping_sub(1) < self.next_avail.wrapping_sub(old.0)
+            } else {
+                self.mem.u16(self.device).load(Ordering::SeqCst) & 1 == 0
             }
         }
     }
 
-    /// QEMU's messages at device realize: features, protocol features with REPLY_ACK and all else that is offered.
-    pub fn greet(&mut self) -> (u64, u64) {
-        let features = self.ask(GET_FEATURES, &[]).u64();
-        let protocol = self.ask(GET_PROTOCOL_FEATURES, &[]).u64();
-        self.send(SET_PROTOCOL_FEATURES, &words(&[protocol]));
-        self.ask(GET_QUEUE_NUM, &[]);
-        self.send(SET_OWNER, &[]);
-        (features, protocol)
-    }
-
-    pub fn set_memory(&mut self, memory: &File) -> u64 {
-        self.ack_fds(SET_MEM_TABLE, &memory_table(&[region(0, MEMORY_BYTES, 0)]), &[memory.as_raw_fd()])
-    }
-
-    pub fn set_up_ring(&mut self, index: u32, base: u32) {
-        self.send(SET_VRING_NUM, &state(index, RING_SIZE));
-        self.send(SET_VRING_BASE, &state(index, base));
-        self.send(SET_VRING_ADDR, &ring_address(index, None));
-        let (kick, call) = (eventfd(), eventfd());
-        self.send_fds(SET_VRING_KICK, 0, &words(&[u64::from(index)]), &[kick.as_raw_fd()]);
-        self.send_fds(SET_VRING_CALL, 0, &words(&[u64::from(index)]), &[call.as_raw_fd()]);
-        self.calls.push(call);
-    }
-
-    /// Everything until `pairs` queue pairs run.
-    pub fn start(&mut self, features: u64, memory: &File, pairs: u32) {
-        self.greet();
-        assert_eq!(self.ack(SET_FEATURES, &words(&[features])), 0);
-        assert_eq!(self.set_memory(memory), 0);
-        for index in 0..pairs * 2 {
-            self.set_up_ring(index, if features & PACKED != 0 { 0x8000_8000 } else { 0 });
-            assert_eq!(self.ack(SET_VRING_ENABLE, &state(index, 1)), 0);
+    /// The next used chain: its buffers and the length written.
+    pub fn poll_used(&mut self) -> Option<(Vec<Buf>, u32)> {
+        let (id, len) = if self.packed() {
+            let at = self.desc + 16 * u64::from(self.next_used);
+            let flags = self.mem.u16(at + 14).load(Ordering::Acquire);
+            let (a, u) = (flags & AVAIL != 0, flags & USED != 0);
+            if a != self.used_wrap || u != self.used_wrap {
+                return None;
+            }
+            let id = self.mem.u16(at + 12).load(Ordering::Relaxed);
+            let len = self.mem.u32(at + 8).load(Ordering::Relaxed);
+            (id, if flags & WRITE != 0 { len } else { 0 })
+        } else {
+            if self.mem.u16(self.device + 2).load(Ordering::Acquire) == self.next_used {
+                return None;
+            }
+            let at = self.device + 4 + 8 * u64::from(self.next_used & (self.size - 1));
+            (self.mem.u32(at).load(Ordering::Relaxed) as u16, self.mem.u32(at + 4).load(Ordering::Relaxed))
+        };
+        let flight = self.in_flight[usize::from(id)].take().expect("the device used a chain twice");
+        if self.packed() {
+            self.free.push_back(id);
+            self.free_slots += flight.slots;
+            self.next_used += flight.slots;
+            if self.next_used >= self.size {
+                self.next_used -= self.size;
+                self.used_wrap = !self.used_wrap;
+            }
+        } else {
+            self.free.extend(&flight.descs);
+            self.next_used = self.next_used.wrapping_add(1);
         }
+        Some((flight.bufs, len))
     }
 
-    /// Waits until everything sent so far was handled.
-    pub fn sync(&mut self) {
-        self.ask(GET_FEATURES, &[]);
+    /// Tells the device whether to notify about the next used chain.
+    pub fn want_calls(&self, on: bool) {
+        if self.packed() {
+            let v = match (on, self.event_idx()) {
+                (false, _) => 1 << 16,
+                (true, false) => 0,
+                (true, true) => 2 << 16 | u32::from(self.next_used) | u32::from(self.used_wrap) << 15,
+            };
+            self.mem.u32(self.driver).store(v, Ordering::SeqCst);
+        } else if self.event_idx() {
+            let event = if on { self.next_used } else { self.next_used.wrapping_sub(1) };
+            self.mem.u16(self.driver + 4 + 2 * u64::from(self.size)).store(event, Ordering::SeqCst);
+        } else {
+            self.mem.u16(self.driver).store(u16::from(!on), Ordering::SeqCst);
+        }
+        fence(Ordering::SeqCst);
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.iter().flatten().count()
     }
 }
 
-pub fn region(offset: u64, size: u64, mmap_offset: u64) -> [u64; 4] {
-    [GUEST_BASE + offset, size, USER_BASE + offset, mmap_offset]
-}
+/// A small repeatable generator (splitmix64).
+pub struct Rng(pub u64);
 
-pub fn memory_table(regions: &[[u64; 4]]) -> Vec<u8> {
-    let mut payload = words(&[regions.len() as u64]);
-    for r in regions {
-        payload.extend(words(r));
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
     }
-    payload
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+    pub fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+    pub fn bytes(&mut self, n: usize) -> Vec<u8> {
+        (0..n).map(|_| self.next() as u8).collect()
+    }
 }
 
-pub fn single_region(region: [u64; 4]) -> Vec<u8> {
-    [words(&[0]), words(&region)].concat()
+/// The switch's side: one port and the PMD thread's state.
+pub struct Switch {
+    pub domain: Arc<Domain>,
+    pub guard: Guard,
+    pub queues: Arc<PortQueues>,
+    pub rx: VhostRx,
+    pub tx: VhostTx,
+    pub burst: RxBurst,
+    pub report: TxReport,
 }
 
-pub fn ring_address(index: u32, log: Option<u64>) -> Vec<u8> {
-    let base = USER_BASE + u64::from(index) * RING_STRIDE;
-    let flags = u32::from(log.is_some());
-    [state(index, flags), words(&[base, base + 0x8000, base + 0x4000, log.unwrap_or(0)])].concat()
-}
+impl Switch {
+    pub fn new(pairs: usize) -> Self {
+        let domain = Domain::new();
+        let guard = domain.register().unwrap();
+        let queues = PortQueues::new(pairs, Arc::clone(&domain)).unwrap();
+        for i in 0..2 * pairs {
+            queues.set_enabled(i, true);
+        }
+        let rx = queues.rx(0).unwrap();
+        let tx = queues.tx();
+        Self { domain, guard, queues, rx, tx, burst: RxBurst::new(), report: TxReport::default() }
+    }
 
-/// Makes one 60-byte frame available in split ring `index` of `memory`, as number `n` since the ring's start.
-pub fn offer_frame(memory: &File, index: u32, n: u16) {
-    let at = u64::from(index) * RING_STRIDE;
-    let slot = u64::from(n % RING_SIZE as u16);
-    let buffer = 0x10_0000 + slot * 256;
-    memory.write_all_at(&[0x02; 72], buffer).unwrap();
-    memory.write_all_at(&[0; 12], buffer).unwrap();
-    let descriptor = [&(GUEST_BASE + buffer).to_le_bytes()[..], &72u32.to_le_bytes(), &[0; 4]].concat();
-    memory.write_all_at(&descriptor, at + slot * 16).unwrap();
-    memory.write_all_at(&(slot as u16).to_le_bytes(), at + 0x4000 + 4 + slot * 2).unwrap();
-    memory.write_all_at(&n.wrapping_add(1).to_le_bytes(), at + 0x4000 + 2).unwrap();
-}
+    /// The session thread's calls happen while this PMD thread sleeps.
+    pub fn start(&mut self, vring: usize, config: RingConfig) {
+        self.guard.offline();
+        self.queues.start(vring, Ring::new(config).unwrap()).unwrap();
+        self.guard.online();
+    }
 
-pub fn used_index(memory: &File, index: u32) -> u16 {
-    let mut b = [0u8; 2];
-    memory.read_exact_at(&mut b, u64::from(index) * RING_STRIDE + 0x8000 + 2).unwrap();
-    u16::from_le_bytes(b)
+    pub fn stop(&mut self, vring: usize) -> Box<Ring> {
+        self.guard.offline();
+        let ring = self.queues.stop(vring).unwrap();
+        self.guard.online();
+        ring
+    }
+
+    /// Receives a burst; returns the frames. Their buffers are still held.
+    pub fn receive(&mut self) -> Vec<Vec<u8>> {
+        self.burst.clear();
+        self.rx.receive(&self.guard, &mut self.burst);
+        self.burst.take_snapshots();
+        (0..self.burst.len())
+            .map(|i| {
+                let body = self.burst.body(i, 0);
+                let mut v = vec![0; body.len() as usize];
+                assert_eq!(body.read(&mut v), v.len());
+                assert!(v.starts_with(self.burst.snapshot(i)));
+                v
+            })
+            .collect()
+    }
+
+    pub fn release(&mut self) {
+        self.rx.release(&self.guard);
+        self.burst.clear();
+        self.guard.quiescent();
+    }
+
+    /// Sends what `receive` received back to the same guest; returns the mask of accepted frames.
+    pub fn echo(&mut self) -> u64 {
+        let frames: Vec<TxFrame<'_>> = (0..self.burst.len())
+            .map(|i| {
+                let head = self.burst.snapshot(i);
+                TxFrame {
+                    head,
+                    body: self.burst.body(i, head.len() as u32),
+                    offload: self.burst.meta(i).unwrap().offload,
+                    flow_hash: i as u32,
+                }
+            })
+            .collect();
+        self.report.reset(ferry_dataplane::counters::DropReason::TxNotReady);
+        self.tx.send(&self.guard, 0, &frames, &mut self.report);
+        self.tx.flush(&self.guard, 0);
+        self.report.accepted
+    }
+
+    /// Sends frames from private memory (body in one piece).
+    pub fn send(&mut self, frames: &[&[u8]]) -> u64 {
+        let list: Vec<TxFrame<'_>> = frames
+            .iter()
+            .take(BURST)
+            .enumerate()
+            .map(|(i, f)| TxFrame {
+                head: f,
+                body: ferry_dataplane::frame::Body::EMPTY,
+                offload: Default::default(),
+                flow_hash: i as u32,
+            })
+            .collect();
+        self.report.reset(ferry_dataplane::counters::DropReason::TxNotReady);
+        self.tx.send(&self.guard, 0, &list, &mut self.report);
+        self.tx.flush(&self.guard, 0);
+        self.guard.quiescent();
+        self.report.accepted
+    }
 }
