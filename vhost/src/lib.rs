@@ -6,12 +6,9 @@
 
 pub mod dirty_log;
 mod eventfd;
-<<<<<<< HEAD
 mod fdio;
 pub mod features;
-=======
 #[cfg(any(test, fuzzing, feature = "fuzzing"))]
->>>>>>> ring
 pub mod fuzzing;
 pub mod memory;
 mod message;
