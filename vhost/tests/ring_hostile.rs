@@ -395,6 +395,7 @@ fn a_ring_rewritten_while_it_is_polled() {
         let (rx, tx) = (Driver::new(&mem, 0, SIZE, features, BASE), Driver::new(&mem, 1, SIZE, features, BASE + f));
         let map = mem.memory_map();
         let mut switch = Switch::new(1);
+        switch.memory_moves = true;
         switch.start(0, rx.config(&map, rx.fresh_base(), None));
         switch.start(1, tx.config(&map, tx.fresh_base(), None));
 
@@ -425,9 +426,19 @@ fn a_ring_rewritten_while_it_is_polled() {
                     mem.u16(at).store(v, Ordering::Relaxed);
                     // Addresses inside memory, so that chains lead somewhere.
                     if rng.chance(20) {
-                        let desc = areas[if rng.chance(50) { 0 } else { 3 }] + 16 * rng.below(u64::from(SIZE));
+                        let (ring, direction) = if rng.chance(50) { (0, WRITE) } else { (3, 0) };
+                        let desc = areas[ring] + 16 * rng.below(u64::from(SIZE));
                         mem.write(desc, &(BASE + rng.below(REGION)).to_le_bytes());
                         mem.write(desc + 8, &(rng.below(3000) as u32).to_le_bytes());
+                        // And available, so that the switch looks at them.
+                        if packed {
+                            let turn = if rng.chance(50) { AVAIL } else { USED };
+                            mem.u16(desc + 14).store(turn | direction, Ordering::Relaxed);
+                        } else {
+                            let used = mem.u16(areas[ring + 2] + 2).load(Ordering::Relaxed);
+                            mem.u16(areas[ring + 1] + 2)
+                                .store(used.wrapping_add(rng.below(17) as u16), Ordering::Relaxed);
+                        }
                     }
                 }
                 turns

@@ -1,6 +1,6 @@
 //! The vhost-user session against frontends that break the rules. In every case the session thread goes on (or ends that
 //! session with a clear text) and no descriptor leaks.
-mod frontend;
+mod session_support;
 
 use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ferry_vhost::signals::PortEvent;
-use frontend::*;
+use session_support::*;
 
 /// Every case leaves the port able to serve the next frontend.
 fn still_serves(f: &Fixture) {

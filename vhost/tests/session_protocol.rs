@@ -1,5 +1,5 @@
 //! The vhost-user session over a real socket, as well-behaved frontends speak it.
-mod frontend;
+mod session_support;
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
@@ -11,7 +11,7 @@ use ferry_dataplane::qsbr::Domain;
 use ferry_vhost::port::{PortError, VhostPort, VhostPortConfig};
 use ferry_vhost::signals::{NoObserver, PortEvent};
 use ferry_vhost::socket::{Role, SocketError};
-use frontend::*;
+use session_support::*;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};

@@ -1,6 +1,6 @@
 //! The session against a real QEMU whose firmware (iPXE's virtio-net driver, from QEMU's option ROM) sends DHCP requests.
 //! No guest image is needed. Skipped where QEMU is not installed.
-mod frontend;
+mod session_support;
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -11,7 +11,7 @@ use ferry_dataplane::qsbr::Domain;
 use ferry_vhost::port::{VhostPort, VhostPortConfig};
 use ferry_vhost::signals::NoObserver;
 use ferry_vhost::socket::Role;
-use frontend::*;
+use session_support::*;
 
 struct Qemu(Child);
 

@@ -1,4 +1,4 @@
-//! Entry points for fuzzing: arbitrary bytes through the reader, the relay, the crate's request handler and the session, in-process.
+//! Arbitrary bytes through the message reader, the relay, the crate's request handler and the session, in-process.
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};

@@ -527,6 +527,8 @@ pub struct Switch {
     pub tx: VhostTx,
     pub burst: RxBurst,
     pub report: TxReport,
+    /// The guest rewrites its buffers meanwhile: reading twice may give two answers.
+    pub memory_moves: bool,
 }
 
 impl Switch {
@@ -539,7 +541,7 @@ impl Switch {
         }
         let rx = queues.rx(0).unwrap();
         let tx = queues.tx();
-        Self { domain, guard, queues, rx, tx, burst: RxBurst::new(), report: TxReport::default() }
+        Self { domain, guard, queues, rx, tx, burst: RxBurst::new(), report: TxReport::default(), memory_moves: false }
     }
 
     /// The session thread's calls happen while this PMD thread sleeps.
@@ -566,7 +568,7 @@ impl Switch {
                 let body = self.burst.body(i, 0);
                 let mut v = vec![0; body.len() as usize];
                 assert_eq!(body.read(&mut v), v.len());
-                assert!(v.starts_with(self.burst.snapshot(i)));
+                assert!(self.memory_moves || v.starts_with(self.burst.snapshot(i)));
                 v
             })
             .collect()
