@@ -72,10 +72,16 @@ pub fn capabilities(features: u64) -> TxCapabilities {
 /// offered (UFO, UDP_L4). Flags that are not meant for this direction are ignored, as 5.1.6.2.2 demands for unknown ones.
 #[inline]
 pub fn decode(raw: &[u8; MAX_HEADER_BYTES], features: u64) -> Result<Offload, DropReason> {
-    let [flags, gso_type, h0, h1, s0, s1, c0, c1, o0, o1, _, _] = *raw;
+    let [flags, gso_type, ..] = *raw;
     if flags & FLAG_NEEDS_CSUM == 0 && gso_type == GSO_NONE {
         return Ok(Offload::default());
     }
+    decode_work(raw, features)
+}
+
+#[inline(never)]
+fn decode_work(raw: &[u8; MAX_HEADER_BYTES], features: u64) -> Result<Offload, DropReason> {
+    let [flags, gso_type, h0, h1, s0, s1, c0, c1, o0, o1, _, _] = *raw;
     let has = |bit| features & bit != 0;
     let needs_csum = flags & FLAG_NEEDS_CSUM != 0;
     let ecn = gso_type & GSO_ECN != 0;
@@ -110,12 +116,18 @@ pub fn decode(raw: &[u8; MAX_HEADER_BYTES], features: u64) -> Result<Offload, Dr
 /// Refuses ([`DropReason::OffloadFailed`]) work that the guest has not agreed to take: it is finished before, in software.
 #[inline]
 pub fn encode(offload: &Offload, num_buffers: u16, features: u64) -> Result<[u8; MAX_HEADER_BYTES], DropReason> {
+    if !offload.needs_csum && !offload.csum_valid && offload.gso == Gso::None {
+        let [n0, n1] = num_buffers.to_le_bytes();
+        return Ok([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, n0, n1]);
+    }
+    encode_work(offload, num_buffers, features)
+}
+
+#[inline(never)]
+fn encode_work(offload: &Offload, num_buffers: u16, features: u64) -> Result<[u8; MAX_HEADER_BYTES], DropReason> {
     let mut raw = [0u8; MAX_HEADER_BYTES];
     let [flags, gso_type, h0, h1, s0, s1, c0, c1, o0, o1, n0, n1] = &mut raw;
     [*n0, *n1] = num_buffers.to_le_bytes();
-    if !offload.needs_csum && !offload.csum_valid && offload.gso == Gso::None {
-        return Ok(raw);
-    }
     let can = capabilities(features);
     if offload.needs_csum {
         if !can.csum {

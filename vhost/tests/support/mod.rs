@@ -558,10 +558,14 @@ impl Switch {
         ring
     }
 
-    /// Receives a burst; returns the frames. Their buffers are still held.
-    pub fn receive(&mut self) -> Vec<Vec<u8>> {
+    pub fn receive_only(&mut self) {
         self.burst.clear();
         self.rx.receive(&self.guard, &mut self.burst);
+    }
+
+    /// Receives a burst; returns the frames. Their buffers are still held.
+    pub fn receive(&mut self) -> Vec<Vec<u8>> {
+        self.receive_only();
         self.burst.take_snapshots();
         (0..self.burst.len())
             .map(|i| {
