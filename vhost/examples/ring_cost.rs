@@ -29,6 +29,8 @@ fn quiet(mut v: Vec<u64>) -> f64 {
 fn main() {
     const BURST: u64 = 64;
     const TURNS: usize = 3000;
+    // Buffers a power of two apart would fall into few sets of the cache.
+    const STRIDE: u64 = 2048 + 192;
     println!(
         "{:<26} {:>6} {:>9} {:>9} {:>9} {:>9} {:>9}",
         "ring", "bytes", "receive", "snapshot", "send", "release", "sum"
@@ -57,12 +59,12 @@ fn main() {
             let (mut rx_slot, mut tx_slot) = (0, 0);
             let mut parts: [Vec<u64>; 4] = Default::default();
             for _ in 0..TURNS {
-                while rx.add(&[Buf { gpa: rx_data + rx_slot % 256 * 2048, len: 1600, writable: true }], false) {
+                while rx.add(&[Buf { gpa: rx_data + rx_slot % 256 * STRIDE, len: 1600, writable: true }], false) {
                     rx_slot += 1;
                 }
                 rx.publish();
                 for _ in 0..BURST {
-                    let gpa = tx_data + tx_slot % 256 * 2048;
+                    let gpa = tx_data + tx_slot % 256 * STRIDE;
                     assert!(tx.add(&[Buf { gpa, len: len as u32 + 12, writable: false }], false));
                     tx_slot += 1;
                 }
@@ -72,12 +74,12 @@ fn main() {
                 let t1 = cycles();
                 switch.burst.take_snapshots();
                 let t2 = cycles();
-                let sent = switch.echo();
+                let (sent, sending) = switch.echo_timed(cycles);
                 let t3 = cycles();
                 switch.release();
                 let t4 = cycles();
                 assert_eq!(sent, u64::MAX);
-                for (part, d) in parts.iter_mut().zip([t1 - t0, t2 - t1, t3 - t2, t4 - t3]) {
+                for (part, d) in parts.iter_mut().zip([t1 - t0, t2 - t1, sending, t4 - t3]) {
                     part.push(d);
                 }
                 while rx.poll_used().is_some() {}

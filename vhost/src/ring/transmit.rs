@@ -9,7 +9,7 @@ use ferry_dataplane::port::TxReport;
 
 use super::copy::copy;
 use super::{Chain, Core, Fault, Format, Sink, VringCounters};
-use crate::net_header::{self, MAX_HEADER_BYTES, feature};
+use crate::net_header::{self, RawHeader, feature};
 
 /// Most pieces of guest memory, and most chains, that one frame is spread over.
 const MAX_PIECES: usize = 1024;
@@ -209,7 +209,7 @@ fn place<F: Format>(
     let header = net_header::encode(&frame.offload, chains as u16, core.features).map_err(Obstacle::Frame)?;
     // SAFETY: the pieces were translated from checked descriptors, hold `need` bytes together, and stay mapped until the
     // ring is stopped; the frame's own bytes are readable until its burst is released.
-    unsafe { write_frame(first, &scratch.pieces, &header, header_len, frame) };
+    unsafe { write_frame(first, &scratch.pieces, header, header_len, frame) };
     if core.log.is_some() {
         core.log_data(first.gpa, first.len);
         for piece in &scratch.pieces {
@@ -284,21 +284,17 @@ fn give_back<F: Format>(
 /// # Safety
 /// The pieces are mapped, writable and hold header and frame; the frame's bytes are readable.
 #[inline(always)]
-unsafe fn write_frame(
-    first: Piece,
-    more: &[Piece],
-    header: &[u8; MAX_HEADER_BYTES],
-    header_len: u32,
-    frame: &TxFrame<'_>,
-) {
+unsafe fn write_frame(first: Piece, more: &[Piece], header: RawHeader, header_len: u32, frame: &TxFrame<'_>) {
     if more.is_empty() {
         let mut to = first.addr;
         // SAFETY: the one piece holds everything, so each part lies inside it.
         unsafe {
+            to.cast::<u64>().write_unaligned(header.low.to_le());
+            let rest = to.add(8);
             if header_len == 12 {
-                to.cast::<[u8; 12]>().write(*header);
+                rest.cast::<u32>().write_unaligned(header.high.to_le());
             } else {
-                copy(to, header.as_ptr(), header_len as usize);
+                rest.cast::<u16>().write_unaligned((header.high as u16).to_le());
             }
             to = to.add(header_len as usize);
             copy(to, frame.head.as_ptr(), frame.head.len());
@@ -313,7 +309,7 @@ unsafe fn write_frame(
     let mut writer = Writer::new(first, more);
     // SAFETY: as the caller vouches.
     unsafe {
-        writer.write(header.as_ptr(), header_len);
+        writer.write(header.to_bytes().as_ptr(), header_len);
         writer.write(frame.head.as_ptr(), frame.head.len() as u32);
         for (src, len) in frame.body.pieces() {
             writer.write(src, len);
