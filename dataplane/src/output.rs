@@ -171,7 +171,11 @@ impl Sender {
             }
             return;
         }
-        let caps = port.tx.capabilities(guard);
+        let mut caps = port.tx.capabilities(guard);
+        caps.max_frame_bytes = match (caps.max_frame_bytes, port.max_frame_bytes) {
+            (0, limit) | (limit, 0) => limit,
+            (a, b) => a.min(b),
+        };
         let mut plans = ArrayVec::<Plan, BURST>::new();
         for (slot, &(i, action)) in items.iter().enumerate() {
             plans.push(self.plan(burst, slot, usize::from(i), action, &caps));

@@ -104,6 +104,9 @@ pub struct PortOptions {
     pub admin_up: bool,
     /// Addresses it may occupy in the FDB.
     pub fdb_limit: u32,
+    /// Longest IP packet sent to the port, bytes; 0: no limit but the port's own. Frames may be 18 bytes longer
+    /// (Ethernet header and one VLAN tag).
+    pub mtu: u16,
 }
 
 impl Default for PortOptions {
@@ -114,6 +117,7 @@ impl Default for PortOptions {
             vlan: VlanMode::default(),
             admin_up: true,
             fdb_limit: DEFAULT_PORT_LIMIT,
+            mtu: 0,
         }
     }
 }
@@ -323,6 +327,10 @@ impl<K: Kinds> Switch<K> {
                 vlan: Arc::clone(&record.vlan),
                 admin_up: record.options.admin_up,
                 fdb_limit: record.options.fdb_limit,
+                max_frame_bytes: match record.options.mtu {
+                    0 => 0,
+                    mtu => u32::from(mtu) + 18,
+                },
                 tx: record.tx.clone(),
                 tx_ledgers: Arc::clone(&record.tx_ledgers),
             };

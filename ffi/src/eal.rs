@@ -13,7 +13,7 @@ use std::thread::ThreadId;
 use ferry_dpdk_sys as sys;
 use serde::{Deserialize, Serialize};
 
-use crate::log;
+use crate::{log, signals};
 
 /// Where EAL takes its memory from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,7 +62,8 @@ impl LogLevel {
 pub struct EalConfig {
     /// Kind of memory.
     pub memory: Memory,
-    /// Memory reserved at start, MiB; all there is with [`Memory::NoHuge`], what is kept with hugepages. An uplink with default settings takes 20 to 30.
+    /// Memory reserved at start and all there is (per NUMA node with hugepages), MiB. An uplink with default
+    /// settings takes 20 to 30.
     pub memory_mb: u32,
     /// Scan the PCI bus. Off, no PCI NIC can be opened later. On, nothing is taken until an uplink asks for it by address.
     pub pci: bool,
@@ -208,8 +209,8 @@ fn start_lane(config: &EalConfig, memory: Memory, args: Vec<CString>) -> Result<
     let (jobs, queue) = mpsc::channel::<Job>();
     let (reply, answer) = mpsc::sync_channel(1);
     let spawned = std::thread::Builder::new().name("ferry-dpdk".into()).spawn(move || {
-        block_signals();
-        ignore_sigio();
+        signals::block_all();
+        signals::ignore_sigio();
         let (result, log) = log::collect(|| init(args));
         let failed = result.is_err();
         let _ = reply.send(result.map_err(|errno| (errno, log)));
@@ -248,31 +249,6 @@ fn init(args: Vec<CString>) -> Result<(), i32> {
     Ok(())
 }
 
-/// Signals are for the program's threads: neither the lane nor the threads that EAL starts from it take any.
-fn block_signals() {
-    // SAFETY: a local set is filled and applied to the calling thread only.
-    unsafe {
-        let mut set: libc::sigset_t = core::mem::zeroed();
-        libc::sigfillset(&mut set);
-        for fault in [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP] {
-            libc::sigdelset(&mut set, fault);
-        }
-        libc::pthread_sigmask(libc::SIG_SETMASK, &set, core::ptr::null_mut());
-    }
-}
-
-/// net_tap is told of packets by real-time signals. When more are pending than RLIMIT_SIGPENDING allows, the kernel falls
-/// back to SIGIO (fcntl(2), F_SETSIG), whose default action ends the process.
-fn ignore_sigio() {
-    // SAFETY: queries and sets the disposition of one signal, and only replaces the default.
-    unsafe {
-        let mut now: libc::sigaction = core::mem::zeroed();
-        if libc::sigaction(libc::SIGIO, core::ptr::null(), &mut now) == 0 && now.sa_sigaction == libc::SIG_DFL {
-            libc::signal(libc::SIGIO, libc::SIG_IGN);
-        }
-    }
-}
-
 /// Free hugepages of all sizes, MiB.
 fn free_hugepages_mb() -> u64 {
     let Ok(dir) = std::fs::read_dir("/sys/kernel/mm/hugepages") else { return 0 };
@@ -292,6 +268,19 @@ fn resolve_memory(config: &EalConfig) -> Memory {
         Memory::Auto => Memory::NoHuge,
         given => given,
     }
+}
+
+/// NUMA nodes of the machine, as far as EAL knows any (RTE_MAX_NUMA_NODES is 32).
+fn numa_nodes() -> usize {
+    let nodes = std::fs::read_dir("/sys/devices/system/node").map_or(0, |dir| {
+        dir.flatten()
+            .filter(|e| {
+                let name = e.file_name();
+                name.to_str().and_then(|n| n.strip_prefix("node")).is_some_and(|n| n.parse::<u16>().is_ok())
+            })
+            .count()
+    });
+    nodes.clamp(1, 32)
 }
 
 /// CPUs that the process may use, as EAL writes sets: `0,1,5`.
@@ -326,7 +315,13 @@ fn arguments(config: &EalConfig, memory: Memory) -> Result<Vec<CString>, EalErro
     }
     match memory {
         Memory::NoHuge => args.extend(["--no-huge".into(), "--no-shconf".into()]),
-        Memory::Hugepages | Memory::Auto => args.push("--in-memory".into()),
+        Memory::Hugepages | Memory::Auto => {
+            args.push("--in-memory".into());
+            // No growth beyond what is there at start, so that memory has a bound, and because EAL takes over SIGBUS for
+            // the process while it maps further pages.
+            let limits = vec![config.memory_mb.to_string(); numa_nodes()];
+            args.push(format!("--socket-limit={}", limits.join(",")));
+        }
     }
     args.extend(["-m".into(), config.memory_mb.to_string()]);
     if config.pci {

@@ -277,6 +277,11 @@ fn frame_slot_bytes(devargs: &str) -> Option<u32> {
     devargs.split(',').find_map(|a| a.strip_prefix("framesz=")).and_then(|v| v.parse().ok())
 }
 
+/// Text of an errno value. Many drivers return a bare -1, which is not to be mistaken for EPERM.
+fn reason(errno: i32) -> String {
+    if errno.abs() == 1 { "the driver refused".into() } else { strerror(errno) }
+}
+
 /// A failed call: step, errno value, advice.
 struct Failure {
     step: &'static str,
@@ -394,6 +399,7 @@ fn set_up(
     probed: &Probed,
     devargs: &str,
     config: &DeviceConfig,
+    memory_mb: u32,
     pool_slot: &mut Option<Mempool>,
 ) -> Result<(DeviceFacts, Vec<RxSignal>), Failure> {
     let port = probed.port_id;
@@ -443,37 +449,36 @@ fn set_up(
     }
 
     // Offloads.
-    let rx_csum_all =
-        sys::FERRY_RX_OFFLOAD_IPV4_CKSUM | sys::FERRY_RX_OFFLOAD_UDP_CKSUM | sys::FERRY_RX_OFFLOAD_TCP_CKSUM;
-    let tx_csum_all = sys::FERRY_TX_OFFLOAD_UDP_CKSUM | sys::FERRY_TX_OFFLOAD_TCP_CKSUM;
+    let rx_csum_needed = sys::FERRY_RX_OFFLOAD_UDP_CKSUM | sys::FERRY_RX_OFFLOAD_TCP_CKSUM;
+    let rx_csum_bits = info.rx_offload_capa & (rx_csum_needed | sys::FERRY_RX_OFFLOAD_IPV4_CKSUM);
+    let tx_csum_bits = sys::FERRY_TX_OFFLOAD_UDP_CKSUM | sys::FERRY_TX_OFFLOAD_TCP_CKSUM;
     let rx_has = |bits: u64| info.rx_offload_capa & bits == bits;
     let tx_has = |bits: u64| info.tx_offload_capa & bits == bits;
     let tx_multi_segment = tx_has(sys::FERRY_TX_OFFLOAD_MULTI_SEGS);
-    let tx_csum = tx_has(tx_csum_all);
+    let tx_csum = tx_has(tx_csum_bits);
+    let tso_ip_csum = tx_has(sys::FERRY_TX_OFFLOAD_IPV4_CKSUM);
+    // virtio segments without recomputing IPv4 header checksums of unsegmented frames; other drivers need the capability.
     let tso = tx_csum
         && tx_multi_segment
-        && tx_has(sys::FERRY_TX_OFFLOAD_TCP_TSO | sys::FERRY_TX_OFFLOAD_IPV4_CKSUM)
+        && tx_has(sys::FERRY_TX_OFFLOAD_TCP_TSO)
+        && (tso_ip_csum || driver.starts_with("net_virtio"))
         && !BROKEN_TSO_DRIVERS.contains(&driver.as_str());
     let offloads = DeviceOffloads {
         tx_csum,
         tso4: tso,
         tso6: tso,
-        rx_csum: rx_has(rx_csum_all),
+        tso_ip_csum: tso && tso_ip_csum,
+        rx_csum: rx_has(rx_csum_needed),
         tx_multi_segment,
         rx_scatter: rx_has(sys::FERRY_RX_OFFLOAD_SCATTER),
     };
-    let mut rx_offloads = 0;
-    let mut tx_offloads = 0;
-    for (on, bits) in [(offloads.rx_csum, rx_csum_all), (offloads.rx_scatter, sys::FERRY_RX_OFFLOAD_SCATTER)] {
-        rx_offloads |= if on { bits } else { 0 };
-    }
-    for (on, bits) in [
-        (tx_csum, tx_csum_all),
-        (tso, sys::FERRY_TX_OFFLOAD_TCP_TSO | sys::FERRY_TX_OFFLOAD_IPV4_CKSUM),
-        (tx_multi_segment, sys::FERRY_TX_OFFLOAD_MULTI_SEGS),
-    ] {
-        tx_offloads |= if on { bits } else { 0 };
-    }
+    let wanted = |on: bool, bits: u64| if on { bits } else { 0 };
+    let rx_offloads =
+        wanted(offloads.rx_csum, rx_csum_bits) | wanted(offloads.rx_scatter, sys::FERRY_RX_OFFLOAD_SCATTER);
+    let tx_offloads = wanted(tx_csum, tx_csum_bits)
+        | wanted(tso, sys::FERRY_TX_OFFLOAD_TCP_TSO)
+        | wanted(offloads.tso_ip_csum, sys::FERRY_TX_OFFLOAD_IPV4_CKSUM)
+        | wanted(tx_multi_segment, sys::FERRY_TX_OFFLOAD_MULTI_SEGS);
 
     // RSS.
     let mut rss_hash_functions = 0;
@@ -510,14 +515,20 @@ fn set_up(
     }
     // SAFETY: plain query on our port.
     let socket = unsafe { sys::rte_eth_dev_socket_id(port) };
-    let pool = Mempool::create(mbufs, data_room, socket).map_err(|errno| Failure {
+    // An mbuf's own structure, headroom and the pool's bookkeeping come on top of the room for data.
+    let pool_mb = u64::from(mbufs) * (u64::from(data_room) + 320) / (1 << 20) + 1;
+    let no_memory = |errno| Failure {
         step: "creating its mbuf pool",
         errno,
         advice: format!(
-            "{mbufs} mbufs take {} MiB: raise DPDK's memory_mb, or lower mbufs or the descriptors",
-            u64::from(mbufs) * (u64::from(data_room) + 320) / (1 << 20) + 1
+            "{mbufs} mbufs take {pool_mb} MiB of DPDK's {memory_mb}: raise memory_mb, or lower mbufs or the descriptors"
         ),
-    })?;
+    };
+    // Not even tried where it cannot succeed: it would take all there is from others for a while.
+    if pool_mb > u64::from(memory_mb) {
+        return Err(no_memory(libc::ENOMEM));
+    }
+    let pool = Mempool::create(mbufs, data_room, socket).map_err(no_memory)?;
     let pool: &Mempool = pool_slot.insert(pool);
 
     // Configure and start; with receive interrupts if the device can, else without.
@@ -552,10 +563,15 @@ fn set_up(
         let ret = unsafe { sys::rte_eth_promiscuous_enable(port) };
         // Devices without the notion see everything.
         if ret < 0 && ret != -libc::ENOTSUP {
-            warnings.push(format!("promiscuous mode was refused: {}", strerror(ret)));
+            warnings.push(format!("promiscuous mode was refused: {}", reason(ret)));
         }
     }
-    let signals = (0..rx_queues).map(|q| log::quietly(|| rx_signal(port, q))).collect();
+    let signals: Vec<RxSignal> = (0..rx_queues).map(|q| log::quietly(|| rx_signal(port, q))).collect();
+    for signal in &signals {
+        if let RxSignal::Level(fd) = signal {
+            crate::signals::direct_to_sink(*fd);
+        }
+    }
     let facts = DeviceFacts {
         port_id: port,
         name: probed.name.clone(),
@@ -660,7 +676,7 @@ fn rx_signal(port: u16, queue: u16) -> RxSignal {
     }
 }
 
-fn open_on_lane(name: &str, devargs: &str, config: &DeviceConfig) -> Result<Opened, DeviceError> {
+fn open_on_lane(name: &str, devargs: &str, config: &DeviceConfig, memory_mb: u32) -> Result<Opened, DeviceError> {
     sweep_orphans();
     let taken = || DeviceError::AlreadyOpen { device: name.to_owned() };
     if LANE.with_borrow(|lane| lane.open.iter().any(|n| n == name)) {
@@ -669,7 +685,7 @@ fn open_on_lane(name: &str, devargs: &str, config: &DeviceConfig) -> Result<Open
     let (result, log) = log::collect(|| {
         let probed = probe(name, devargs)?;
         let mut pool = None;
-        match set_up(&probed, devargs, config, &mut pool) {
+        match set_up(&probed, devargs, config, memory_mb, &mut pool) {
             Ok((facts, signals)) => match pool {
                 Some(pool) => Ok(Opened { probed, facts, pool, signals }),
                 None => Err(Failure { step: "creating its mbuf pool", errno: libc::ENOMEM, advice: String::new() }),
@@ -688,7 +704,7 @@ fn open_on_lane(name: &str, devargs: &str, config: &DeviceConfig) -> Result<Open
         }
         Err(Failure { errno: libc::EEXIST, .. }) => Err(taken()),
         Err(Failure { step, errno, advice }) => {
-            Err(DeviceError::Dpdk { device: name.to_owned(), step, reason: strerror(errno), log, advice })
+            Err(DeviceError::Dpdk { device: devargs.to_owned(), step, reason: reason(errno), log, advice })
         }
     }
 }
@@ -726,7 +742,9 @@ impl EthDevice {
             return Err(refuse(format!("devargs are longer than {MAX_DEVARGS_BYTES} bytes: {devargs}")));
         }
         let wanted = config.clone();
-        let Opened { probed, facts, pool, signals } = eal.run(move || open_on_lane(&name, &devargs, &wanted))??;
+        let memory_mb = eal.config().memory_mb;
+        let Opened { probed, facts, pool, signals } =
+            eal.run(move || open_on_lane(&name, &devargs, &wanted, memory_mb))??;
         let (port, tx_queues) = (facts.port_id, facts.tx_queues);
         let device = Arc::new(Self {
             eal: eal.clone(),
@@ -800,7 +818,7 @@ impl EthDevice {
         })?;
         result.map_err(|errno| {
             error(
-                strerror(errno),
+                reason(errno),
                 log,
                 "If the device must be stopped for it, close the uplink and open it with the new MTU",
             )
@@ -813,7 +831,7 @@ impl EthDevice {
         DeviceError::Dpdk {
             device: self.facts.name.clone(),
             step,
-            reason: strerror(errno),
+            reason: reason(errno),
             log: Vec::new(),
             advice: String::new(),
         }

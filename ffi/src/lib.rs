@@ -19,5 +19,6 @@ pub mod mbuf;
 pub mod mempool;
 mod netdev;
 pub mod offload;
+mod signals;
 mod thread;
 pub mod uplink;

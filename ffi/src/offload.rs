@@ -27,7 +27,9 @@ pub struct DeviceOffloads {
     pub tso4: bool,
     /// Segments TCP over IPv6.
     pub tso6: bool,
-    /// Verifies TCP and UDP checksums on receive.
+    /// Computes IPv4 header checksums along with `tso4`. Where not (virtio), the frame's own stays.
+    pub tso_ip_csum: bool,
+    /// Verifies TCP and UDP checksums on receive, or says that they are still to be finished.
     pub rx_csum: bool,
     /// Takes frames in several mbufs.
     pub tx_multi_segment: bool,
@@ -184,13 +186,14 @@ fn plan_segmentation(
     if u32::from(headers) + u32::from(owed.gso_size) > max_frame_bytes {
         return None;
     }
-    request.ol_flags |= sys::FERRY_TX_TCP_SEG | if l.ipv6 { 0 } else { sys::FERRY_TX_IP_CKSUM };
+    request.ol_flags |= sys::FERRY_TX_TCP_SEG | if l.ipv6 || !device.tso_ip_csum { 0 } else { sys::FERRY_TX_IP_CKSUM };
     request.tso_segsz = owed.gso_size;
     Some(Plan::Device(request))
 }
 
-/// What a device's receive flags say about a frame that starts with `first` (private memory).
-pub(crate) fn received(ol_flags: u64, first: &[u8]) -> Offload {
+/// What a device's receive flags say about a frame that starts with `first` (private memory). `segment_bytes`: payload per
+/// segment of a frame that is still to be segmented (mbuf's `tso_segsz` under RX_LRO).
+pub(crate) fn received(ol_flags: u64, segment_bytes: u16, first: &[u8]) -> Offload {
     let mut offload = Offload::default();
     if ol_flags & sys::FERRY_RX_IP_CKSUM_MASK == sys::FERRY_RX_IP_CKSUM_BAD {
         return offload;
@@ -208,6 +211,15 @@ pub(crate) fn received(ol_flags: u64, first: &[u8]) -> Offload {
         let stored = be16(first, usize::from(csum_start + csum_offset));
         if l.tcp || stored.is_some_and(|sum| sum != 0) {
             offload = Offload { needs_csum: true, csum_start, csum_offset, ..Offload::default() };
+        }
+        // A virtio peer's TSO frame. (Hardware's coalesced frames have good checksums instead; they are never asked for.)
+        if l.tcp && segment_bytes > 0 && ol_flags & sys::FERRY_RX_LRO != 0 {
+            let tcp = usize::from(csum_start);
+            offload.gso = if l.ipv6 { Gso::TcpV6 } else { Gso::TcpV4 };
+            offload.gso_size = segment_bytes;
+            offload.hdr_len = csum_start + first.get(tcp + 12).map_or(20, |b| u16::from(b >> 4) * 4);
+            // CWR (RFC 3168, 6.1.2): only the first segment may carry it.
+            offload.ecn = first.get(tcp + 13).is_some_and(|flags| flags & 0x80 != 0);
         }
     }
     offload
@@ -289,6 +301,7 @@ mod tests {
         tx_csum: true,
         tso4: true,
         tso6: true,
+        tso_ip_csum: true,
         rx_csum: true,
         tx_multi_segment: true,
         rx_scatter: true,
@@ -346,6 +359,10 @@ mod tests {
         let refused = |owed: &Offload, device: &DeviceOffloads, bytes: &[u8]| {
             matches!(plan(bytes, bytes.len() as u32, owed, device, 1518), Plan::Impossible)
         };
+        let Plan::Device(r) = plan(&f, len, &owed, &DeviceOffloads { tso_ip_csum: false, ..ALL }, 1518) else {
+            panic!()
+        };
+        assert_eq!(r.ol_flags & sys::FERRY_TX_IP_CKSUM, 0, "the header's own checksum stays");
         assert!(refused(&Offload { gso: Gso::TcpV6, ..owed }, &ALL, &f), "kind does not match the header");
         assert!(refused(&owed, &DeviceOffloads { tso4: false, ..ALL }, &f), "device does not");
         assert!(refused(&Offload { gso_size: 0, ..owed }, &ALL, &f), "size 0");
@@ -372,13 +389,19 @@ mod tests {
     #[test]
     fn receive_flags_become_virtio_terms() {
         let mut udp = frame(0, false, false, 4);
-        assert!(received(sys::FERRY_RX_L4_CKSUM_GOOD, &udp).csum_valid);
-        assert_eq!(received(sys::FERRY_RX_L4_CKSUM_GOOD | sys::FERRY_RX_IP_CKSUM_BAD, &udp), Offload::default());
-        assert_eq!(received(0, &udp), Offload::default());
-        assert_eq!(received(sys::FERRY_RX_L4_CKSUM_NONE, &udp), Offload::default(), "UDP without checksum");
+        assert!(received(sys::FERRY_RX_L4_CKSUM_GOOD, 0, &udp).csum_valid);
+        assert_eq!(received(sys::FERRY_RX_L4_CKSUM_GOOD | sys::FERRY_RX_IP_CKSUM_BAD, 0, &udp), Offload::default());
+        assert_eq!(received(0, 0, &udp), Offload::default());
+        assert_eq!(received(sys::FERRY_RX_L4_CKSUM_NONE, 0, &udp), Offload::default(), "UDP without checksum");
         udp[40] = 1;
-        assert_eq!(received(sys::FERRY_RX_L4_CKSUM_NONE, &udp), csum(34, 6));
-        assert_eq!(received(sys::FERRY_RX_L4_CKSUM_NONE, &frame(1, true, true, 0)), csum(58, 16));
+        assert_eq!(received(sys::FERRY_RX_L4_CKSUM_NONE, 0, &udp), csum(34, 6));
+        assert_eq!(received(sys::FERRY_RX_L4_CKSUM_NONE, 0, &frame(1, true, true, 0)), csum(58, 16));
+        let tso = received(sys::FERRY_RX_L4_CKSUM_NONE | sys::FERRY_RX_LRO, 1400, &frame(0, true, true, 5000));
+        assert_eq!(tso, Offload { gso: Gso::TcpV6, gso_size: 1400, hdr_len: 74, ..csum(54, 16) });
+        assert_eq!(
+            received(sys::FERRY_RX_L4_CKSUM_GOOD | sys::FERRY_RX_LRO, 1400, &frame(0, true, true, 9)).gso,
+            Gso::None
+        );
     }
 
     #[test]

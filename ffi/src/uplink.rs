@@ -5,8 +5,8 @@
 //!
 //! Notes on drivers (DPDK 22.11, measured or read in the source):
 //! * `net_tap`: signals work by its own descriptor, so an idle PMD thread sleeps; checksums are computed by the driver; its TSO is
-//!   not used (see ethdev); MTU at most 1504. The driver also has the kernel send a real-time signal per packet, which any
-//!   thread may take: blocking calls elsewhere see EINTR.
+//!   not used (see ethdev); MTU at most 1504. The driver also has the kernel send a real-time signal per packet; a
+//!   thread of its own takes them.
 //! * `net_af_packet`: no signal, so an idle PMD thread polls at its idle interval. The kernel hands over what the *sender's* stack made:
 //!   on a veth, switch the peer's offloads off (`ethtool -K PEER tx off tso off gso off`), or frames arrive with
 //!   unfinished checksums or longer than the MTU and are cut.
@@ -399,7 +399,7 @@ unsafe fn hand_over(view: &sys::ferry_segment, burst: &mut RxBurst) {
     }
     // SAFETY: the first segment's bytes; mbufs are private memory, which nobody writes while the burst is held.
     let first = unsafe { core::slice::from_raw_parts(view.data, usize::from(view.data_len).min(SNAPSHOT_BYTES)) };
-    if !burst.finish_frame(mark, offload::received(view.ol_flags, first)) {
+    if !burst.finish_frame(mark, offload::received(view.ol_flags, view.tso_segsz, first)) {
         burst.reject(DropReason::RxTooManySegments);
     }
 }

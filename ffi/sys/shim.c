@@ -24,6 +24,7 @@ static inline void view(const struct rte_mbuf *m, struct ferry_segment *v)
 	v->pkt_len = m->pkt_len;
 	v->data_len = m->data_len;
 	v->nb_segs = m->nb_segs;
+	v->tso_segsz = m->tso_segsz;
 }
 
 uint16_t ferry_eth_rx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **pkts, struct ferry_segment *views,

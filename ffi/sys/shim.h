@@ -20,6 +20,7 @@ struct ferry_segment {
 	uint32_t pkt_len;
 	uint16_t data_len;
 	uint16_t nb_segs;
+	uint16_t tso_segsz;
 };
 
 /* What a device is asked to do to a packet, and where its headers lie. */

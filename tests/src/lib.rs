@@ -9,6 +9,7 @@ pub mod paths;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod scenario;
 pub mod scratch;
 pub mod testpmd;
 pub mod wait;

@@ -30,6 +30,7 @@ fn guests_talk_through_a_foreign_switch() -> Outcome {
     a.configure("eth0", &["10.0.0.1/24", "fd00::1/64"], None)?;
     b.configure("eth0", &["10.0.0.2/24", "fd00::2/64"], None)?;
     a.reach("10.0.0.2")?;
+    a.reach("fd00::2")?;
     for (to, direction) in [("10.0.0.2", Direction::Send), ("fd00::2", Direction::Receive)] {
         let report = a.transfer(addr(to), direction, 10_000_000)?;
         eprintln!("{report:?}");

@@ -175,6 +175,19 @@ pub fn prepare_event(fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// An unnamed file of `len_bytes` zero bytes in memory.
+pub fn anonymous_file(len_bytes: u64) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call with a constant name.
+    let fd = unsafe { libc::memfd_create(c"ferry".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nobody else owns.
+    let file = unsafe { std::fs::File::from_raw_fd(fd) };
+    file.set_len(len_bytes)?;
+    Ok(file.into())
+}
+
 /// Refuses files whose pages another process or machine supplies on demand: a page fault there may never end, and would hang a PMD thread.
 ///
 /// # Errors
@@ -235,8 +248,6 @@ mod tests {
 
     #[test]
     fn local_files_pass() {
-        // SAFETY: plain system call; the descriptor is owned at once.
-        let memfd = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"t".as_ptr(), libc::MFD_CLOEXEC)) };
-        check_pages_are_local(memfd.as_fd()).unwrap();
+        check_pages_are_local(anonymous_file(4096).unwrap().as_fd()).unwrap();
     }
 }

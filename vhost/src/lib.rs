@@ -8,6 +8,8 @@ pub mod dirty_log;
 mod eventfd;
 mod fdio;
 pub mod features;
+#[cfg(any(test, fuzzing, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod memory;
 mod message;
 pub mod net_header;

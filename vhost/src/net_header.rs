@@ -63,7 +63,7 @@ pub fn capabilities(features: u64) -> TxCapabilities {
     let csum = has(feature::GUEST_CSUM);
     let tso4 = csum && has(feature::GUEST_TSO4);
     let tso6 = csum && has(feature::GUEST_TSO6);
-    TxCapabilities { csum, tso4, tso6, ecn: (tso4 || tso6) && has(feature::GUEST_ECN), max_frame_bytes: 0 }
+    TxCapabilities { csum, tso4, tso6, ecn: (tso4 || tso6) && has(feature::GUEST_ECN), ..TxCapabilities::default() }
 }
 
 /// Reads the header of a frame from the guest. `raw` is a private copy; with a 10-byte header the last two bytes are not looked at.

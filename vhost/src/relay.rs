@@ -258,10 +258,12 @@ impl<B: Backend> Relay<B> {
         use FrontendReq as F;
         let Ok(code) = F::try_from(message.code) else {
             counters.unknown_codes += 1;
+            counters.unexpected_fds += u64::from(message.fd_flood || !message.fds.is_empty());
             return Verdict::Refuse(format!("unknown request code {}", message.code));
         };
         let Some(rule) = rule(code) else {
             counters.unknown_codes += 1;
+            counters.unexpected_fds += u64::from(message.fd_flood || !message.fds.is_empty());
             return match code {
                 // "A zero-length payload indicates an error" (vhost-user, GET_CONFIG).
                 F::GET_CONFIG => Verdict::Reply(Vec::new()),

@@ -11,6 +11,7 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{
@@ -272,11 +273,18 @@ impl Session {
         }
     }
 
+    /// True when the file behind guest memory or the log was truncated.
+    fn is_poisoned(&self) -> bool {
+        self.memory.as_ref().is_some_and(|m| m.is_poisoned())
+            || self.log.as_ref().is_some_and(|l| l.poisoned().load(Ordering::Acquire))
+    }
+
     /// A PMD thread reported faults: the rings concerned are stopped already, here they are taken down.
     pub(crate) fn on_faults(&mut self) {
         while let Some(fault) = self.queues.take_fault() {
             let index = u32::from(fault.vring);
-            let memory_lost = fault.kind == FaultKind::MemoryLost;
+            // A ring may stumble over the zeroes that stand in for the lost pages before it looks at the flag.
+            let memory_lost = fault.kind == FaultKind::MemoryLost || self.is_poisoned();
             let text = if memory_lost { "guest memory file was truncated".to_owned() } else { fault.to_string() };
             tracing::warn!(vring = fault.vring, %text, "ring stopped");
             if memory_lost {

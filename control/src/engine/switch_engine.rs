@@ -127,6 +127,7 @@ impl<O: Opener> SwitchEngine<O> {
             vlan: port.vlan.mode(),
             admin_up: port.admin_up,
             fdb_limit: port.fdb_limit,
+            mtu: port.mtu,
         })
     }
 
@@ -274,7 +275,7 @@ impl<O: Opener> Engine for SwitchEngine<O> {
         let entries = self.switch.fdb(self.bridge(bridge)?).map_err(plain)?;
         let entry = |e: ferry_dataplane::bridge::fdb::FdbEntry| FdbEntry {
             vlan: e.vlan,
-            mac: mac_text(e.mac.to_u64()),
+            mac: mac_text(e.mac.as_u64()),
             port: self.port_name(e.port),
             age_s: u64::from(e.age_s),
         };

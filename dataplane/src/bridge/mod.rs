@@ -37,6 +37,8 @@ pub struct PortEntry<T> {
     pub admin_up: bool,
     /// Addresses it may occupy in the FDB.
     pub fdb_limit: u32,
+    /// Longest frame sent to it, bytes; 0: no limit but the port's own.
+    pub max_frame_bytes: u32,
     /// Its transmit side.
     pub tx: T,
     /// One transmit ledger per PMD thread.

@@ -133,7 +133,7 @@ fn finished_checksums_are_those_of_the_independent_implementation() {
             let mut offload = check(&owed(l4.offset, offset), &frame).unwrap();
             assert!(finish_checksum(&mut head, owned.body(cut as u32), &mut offload));
             assert_eq!(head, want[..cut], "{name} at {cut}");
-            assert_eq!(offload.needs_csum, false);
+            assert!(!offload.needs_csum);
         }
         // The field beyond the head: refused, nothing changed.
         let mut head = frame[..field + 1].to_vec();

@@ -106,6 +106,7 @@ pub fn l2_worker(frame_bytes: usize, stations: u64) -> Option<Worker<SyntheticKi
             vlan: Arc::new(VlanPolicy::new(&VlanMode::default()).ok()?),
             admin_up: true,
             fdb_limit: u32::MAX,
+            max_frame_bytes: 0,
             tx: SyntheticTx(Arc::new(Sink(UnsafeCell::new(vec![0; BURST * SLOT_BYTES])))),
             tx_ledgers: Arc::new(core::array::from_fn(|_| TxLedger::default())),
         }))

@@ -21,17 +21,18 @@ fn bring_up() -> Result<(), String> {
     for (kind, target) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")] {
         system::mount(kind, target).map_err(|e| format!("mount {target}: {e}"))?;
     }
-    let order = fs::read_to_string("/modules/order").map_err(|e| format!("/modules/order: {e}"))?;
-    for name in order.lines() {
-        let path = format!("/modules/{name}");
-        File::open(&path).and_then(|f| system::load_module(&f)).map_err(|e| format!("load {path}: {e}"))?;
-    }
-    // Duplicate address detection would keep IPv6 addresses unusable for a second or two.
+    // Duplicate address detection would keep IPv6 addresses unusable for a second or two. Interfaces take these
+    // settings over when they appear, so this comes before the drivers.
     for scope in ["all", "default"] {
         for key in ["accept_dad", "dad_transmits"] {
             let path = format!("/proc/sys/net/ipv6/conf/{scope}/{key}");
             fs::write(&path, "0").map_err(|e| format!("{path}: {e}"))?;
         }
+    }
+    let order = fs::read_to_string("/modules/order").map_err(|e| format!("/modules/order: {e}"))?;
+    for name in order.lines() {
+        let path = format!("/modules/{name}");
+        File::open(&path).and_then(|f| system::load_module(&f)).map_err(|e| format!("load {path}: {e}"))?;
     }
     let up = shell::run("ip link set lo up", Duration::from_secs(10))?;
     if up.status != Some(0) {
