@@ -2,11 +2,14 @@
 
 pub mod api;
 pub mod config;
+pub mod cli;
 pub mod core;
+pub mod daemon;
 pub mod engine;
 pub mod events;
 pub mod logs;
 pub mod metrics;
 pub mod notify;
 pub mod plan;
+pub mod ports;
 pub mod threads;

@@ -185,6 +185,12 @@ impl ConfigError {
             .collect()
     }
 
+    /// Line and column of a problem, both from 1.
+    pub fn position(&self, problem: &Problem) -> (usize, usize) {
+        let range = self.syntax_at.clone().or_else(|| self.source.place(&problem.path, problem.at));
+        self.source.position(range.map_or(0, |r| r.start))
+    }
+
     /// The first problem's remedy.
     pub fn hint(&self) -> String {
         self.problems.first().map(|p| p.fix.clone()).unwrap_or_default()

@@ -357,6 +357,24 @@ static FEATURES: Section = plain(
             "true",
             "TCP segmentation offload in both directions (VIRTIO_NET_F_HOST_TSO4/6, GUEST_TSO4/6). Needs `csum`.",
         ),
+        opt(
+            "guest_announce",
+            Kind::Bool,
+            "true",
+            "The guest announces itself after a migration (VIRTIO_NET_F_GUEST_ANNOUNCE). false: Ferry announces it when QEMU asks for that.",
+        ),
+        opt(
+            "migration",
+            Kind::Bool,
+            "true",
+            "Dirty-page logging (VHOST_F_LOG_ALL): without it QEMU refuses to migrate the guest.",
+        ),
+        opt(
+            "mem_slots",
+            Kind::Bool,
+            "true",
+            "Memory hot-plug region by region (VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS).",
+        ),
     ],
 );
 

@@ -226,7 +226,7 @@ impl<O: Opener> Engine for SwitchEngine<O> {
         let affinity = placed.iter().map(|i| Ok(self.pmd(*i)?.id)).collect::<Result<Vec<_>, EngineError>>()?;
         let opened = self
             .opener
-            .open(port, self.switch.domain(), self.pmds.len())
+            .open(port, self.switch.domain())
             .map_err(|e| EngineError { message: format!("port {}: {}", port.name, e.message), ..e })?;
         match self.switch.add_port(options, opened.tx, opened.rx, &affinity) {
             Ok(id) => {
