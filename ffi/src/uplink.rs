@@ -656,6 +656,8 @@ impl TxPort for EthTx {
             tso6: o.tso6,
             // DPDK does not say what a device does with CWR.
             ecn: false,
+            // Queues are chosen by lane: a flow hash would go unread.
+            multiqueue: false,
             max_frame_bytes: self.0.max_frame_bytes(),
         }
     }
