@@ -46,7 +46,11 @@ impl Daemon {
         let metrics = match config.metrics.enabled {
             true => {
                 let listen = config.metrics.listen;
-                Some(metrics::bind(listen).await.with_context(|| format!("metrics.listen: cannot listen on {listen}"))?)
+                Some(
+                    metrics::bind(listen)
+                        .await
+                        .with_context(|| format!("metrics.listen: cannot listen on {listen}"))?,
+                )
             }
             false => None,
         };
@@ -105,7 +109,10 @@ impl Daemon {
         let core = self.core.clone();
         let done = tokio::task::spawn_blocking(move || core.lock().reload(false, false)).await;
         done.unwrap_or_else(|e| {
-            Err(ChangeError::Conflict { message: format!("the reload broke off: {e}"), hint: "see ferryd's log".into() })
+            Err(ChangeError::Conflict {
+                message: format!("the reload broke off: {e}"),
+                hint: "see ferryd's log".into(),
+            })
         })
     }
 

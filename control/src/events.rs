@@ -1,7 +1,7 @@
 //! What ports report while they run: logged, and VMs that have arrived are announced.
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::Arc;
 
 use crate::core::WeakCore;
 

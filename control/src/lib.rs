@@ -1,8 +1,8 @@
 //! ferryd and ferry: configuration, local API, metrics.
 
 pub mod api;
-pub mod config;
 pub mod cli;
+pub mod config;
 pub mod core;
 pub mod daemon;
 pub mod engine;

@@ -16,9 +16,7 @@ use crate::core::SetLogLevel;
 pub fn init(config: &LogConfig) -> Result<SetLogLevel, String> {
     let (filter, handle) = reload::Layer::new(parse(&config.level)?);
     let format: Box<dyn Layer<Registry> + Send + Sync> = match config.format {
-        LogFormat::Text => {
-            fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).boxed()
-        }
+        LogFormat::Text => fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).boxed(),
         LogFormat::Json => fmt::layer().json().flatten_event(true).with_writer(std::io::stderr).boxed(),
     };
     tracing_subscriber::registry().with(format.with_filter(filter)).try_init().map_err(|e| e.to_string())?;

@@ -56,9 +56,10 @@ impl Snapshot {
     }
 
     fn rx(&self) -> impl Iterator<Item = (Labels, &RxStats)> {
-        self.stats.ports.iter().flat_map(|p| {
-            p.rx.iter().map(|q| (vec![("port", p.port.clone()), ("queue", q.queue.to_string())], q))
-        })
+        self.stats
+            .ports
+            .iter()
+            .flat_map(|p| p.rx.iter().map(|q| (vec![("port", p.port.clone()), ("queue", q.queue.to_string())], q)))
     }
 }
 
@@ -108,9 +109,8 @@ impl Collector for Snapshot {
             e,
             "ferry_port_rx_dropped_frames",
             "Received frames that were dropped, by reason; reasons that never occurred are left out",
-            self.rx().flat_map(|(l, q)| {
-                q.dropped.iter().map(move |(reason, n)| (with(l.clone(), "reason", reason), *n))
-            }),
+            self.rx()
+                .flat_map(|(l, q)| q.dropped.iter().map(move |(reason, n)| (with(l.clone(), "reason", reason), *n))),
         )?;
         let tx = || self.stats.ports.iter().map(|p| (vec![("port", p.port.clone())], &p.tx));
         counters(e, "ferry_port_tx_frames", "Frames sent", tx().map(|(l, t)| (l, t.frames)))?;
@@ -127,7 +127,12 @@ impl Collector for Snapshot {
         ] {
             let one = |n| std::iter::once((Labels::new(), n));
             counters(e, &format!("ferry_{name}_rx_frames"), &format!("Frames {what}"), one(s.frames))?;
-            counters(e, &format!("ferry_{name}_rx_forwarded_frames"), &format!("Forwarded frames {what}"), one(s.forwarded))?;
+            counters(
+                e,
+                &format!("ferry_{name}_rx_forwarded_frames"),
+                &format!("Forwarded frames {what}"),
+                one(s.forwarded),
+            )?;
             counters(
                 e,
                 &format!("ferry_{name}_rx_dropped_frames"),
@@ -152,8 +157,18 @@ impl Collector for Snapshot {
             self.fdb.iter().map(|(b, n)| (vec![("bridge", b.clone())], *n as i64)),
         )?;
         let pmds = || self.stats.pmds.iter().map(|p| (vec![("pmd", p.pmd.to_string())], p));
-        counters(e, "ferry_pmd_busy_cycles", "Cycles of rounds that moved frames", pmds().map(|(l, p)| (l, p.busy_cycles)))?;
-        counters(e, "ferry_pmd_idle_cycles", "Cycles of rounds that found nothing", pmds().map(|(l, p)| (l, p.idle_cycles)))?;
+        counters(
+            e,
+            "ferry_pmd_busy_cycles",
+            "Cycles of rounds that moved frames",
+            pmds().map(|(l, p)| (l, p.busy_cycles)),
+        )?;
+        counters(
+            e,
+            "ferry_pmd_idle_cycles",
+            "Cycles of rounds that found nothing",
+            pmds().map(|(l, p)| (l, p.idle_cycles)),
+        )?;
         counters(e, "ferry_pmd_iterations", "Rounds over all queues", pmds().map(|(l, p)| (l, p.iterations)))?;
         counters(e, "ferry_pmd_bursts", "Bursts with at least one frame", pmds().map(|(l, p)| (l, p.bursts)))?;
         counters(e, "ferry_pmd_frames", "Frames received", pmds().map(|(l, p)| (l, p.frames)))?;

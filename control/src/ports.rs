@@ -8,9 +8,11 @@ use ferry_dataplane::port::{Armed, RxQueue, TxCapabilities, TxPort, TxReport, Wa
 use ferry_dataplane::qsbr::{Domain, Guard};
 use ferry_ffi::eal::{Eal, EalConfig, Memory};
 use ferry_ffi::uplink::{EthRx, EthTx, Uplink, UplinkConfig};
-use ferry_vhost::{
-    FeatureSwitches, PortEvent, PortObserver, Role, SocketOwnership, VhostPort, VhostPortConfig, VhostRx, VhostTx,
-};
+use ferry_vhost::features::FeatureSwitches;
+use ferry_vhost::port::{VhostPort, VhostPortConfig};
+use ferry_vhost::queue::{VhostRx, VhostTx};
+use ferry_vhost::signals::{PortEvent, PortObserver};
+use ferry_vhost::socket::{Role, SocketOwnership};
 
 use crate::api::{resolve_group, resolve_user};
 use crate::config::{DpdkConfig, DpdkMemory, DpdkPortConfig, PortConfig, PortKind, VhostRole, VhostUserConfig};
@@ -197,9 +199,7 @@ fn open_vhost(
             },
         )
     };
-    if v.role == VhostRole::Server
-        && std::fs::symlink_metadata(&v.socket).is_ok_and(|m| !m.file_type().is_socket())
-    {
+    if v.role == VhostRole::Server && std::fs::symlink_metadata(&v.socket).is_ok_and(|m| !m.file_type().is_socket()) {
         let message = format!("{} exists and is not a socket", v.socket.display());
         return Err(EngineError::new(message, "move it away, or change the port's socket"));
     }

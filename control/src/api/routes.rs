@@ -93,10 +93,7 @@ async fn blocking<T: Send + 'static>(
     })
 }
 
-async fn read(
-    State(s): State<AppState>,
-    f: impl FnOnce(&Core) -> Result<Value, ApiError> + Send + 'static,
-) -> Reply {
+async fn read(State(s): State<AppState>, f: impl FnOnce(&Core) -> Result<Value, ApiError> + Send + 'static) -> Reply {
     blocking(s.core, |core| f(core)).await.map(Json)
 }
 

@@ -78,7 +78,12 @@ fn lock(socket: &Path) -> anyhow::Result<Flock<File>> {
     path.push(".lock");
     let path = PathBuf::from(path);
     let mut open = OpenOptions::new();
-    open.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
+    open.read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
     let file = open.open(&path).with_context(|| format!("cannot open {}", path.display()))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(mut lock) => {
@@ -91,10 +96,7 @@ fn lock(socket: &Path) -> anyhow::Result<Flock<File>> {
             let mut pid = String::new();
             let _ = file.read_to_string(&mut pid);
             let who = if pid.trim().is_empty() { String::new() } else { format!(" (pid {})", pid.trim()) };
-            bail!(
-                "another ferryd{who} serves {}: stop it first, or give this one another api.socket",
-                socket.display()
-            )
+            bail!("another ferryd{who} serves {}: stop it first, or give this one another api.socket", socket.display())
         }
         Err((_, e)) => bail!("cannot lock {}: {e}", path.display()),
     }

@@ -131,7 +131,9 @@ impl Status {
 fn state(core: &Core, port: &PortConfig) -> PortState {
     match core.engine().port_state(&port.name) {
         Ok(s) if port.admin_up => s,
-        Ok(s) => PortState { state: "disabled".into(), detail: format!("admin_up is false; otherwise {}", s.state), ..s },
+        Ok(s) => {
+            PortState { state: "disabled".into(), detail: format!("admin_up is false; otherwise {}", s.state), ..s }
+        }
         Err(e) => PortState { state: "unknown".into(), detail: e.message, ..PortState::default() },
     }
 }
@@ -151,9 +153,7 @@ pub fn ports(core: &Core) -> Vec<PortView> {
         config: p.clone(),
         origin: if core.file().is_none() { Origin::Runtime } else { origin(&changes, "port", &p.name) },
         state: state(core, p),
-        rxq_pmd: (0..p.rx_queues())
-            .filter_map(|q| core.state().placement.get(&(p.name.clone(), q)).copied())
-            .collect(),
+        rxq_pmd: (0..p.rx_queues()).filter_map(|q| core.state().placement.get(&(p.name.clone(), q)).copied()).collect(),
     };
     core.config().port.iter().map(view).collect()
 }

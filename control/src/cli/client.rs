@@ -128,13 +128,16 @@ impl Client {
     async fn exchange(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Bytes, CliError> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|e| {
             let hint = match e.kind() {
-                std::io::ErrorKind::PermissionDenied => "you may not use its API: see api.mode and api.group in the configuration",
+                std::io::ErrorKind::PermissionDenied => {
+                    "you may not use its API: see api.mode and api.group in the configuration"
+                }
                 _ => "is it running? Another socket is named with --socket PATH or FERRY_SOCKET",
             };
             CliError::Unreachable { socket: self.socket.clone(), message: e.to_string(), hint: hint.into() }
         })?;
         let other = |e: hyper::Error| CliError::Other(format!("the connection to ferryd broke: {e}"));
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(other)?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(other)?;
         // Ends with the exchange; errors show up there.
         tokio::spawn(async move {
             let _ = connection.await;

@@ -67,7 +67,9 @@ fn run(cli: &Cli) -> Result<String> {
             let path = format!("/v1/reload?discard_runtime={discard_runtime}&dry_run={dry_run}");
             outcome(cli, client()?.send(Method::POST, &path, None)?)
         }
-        Command::Log { level } => outcome(cli, client()?.send(Method::PUT, "/v1/log", Some(&json!({ "level": level })))?),
+        Command::Log { level } => {
+            outcome(cli, client()?.send(Method::PUT, "/v1/log", Some(&json!({ "level": level })))?)
+        }
     }
 }
 
@@ -161,7 +163,8 @@ fn status(s: &Status) -> String {
         s.ports.values().sum::<usize>()
     );
     let _ = writeln!(out, "frames: {} received, {} forwarded, {} dropped", s.received, s.forwarded, s.dropped);
-    let _ = writeln!(out, "log level: {}; DPDK: {}", s.log_level, if s.dpdk_started { "running" } else { "not started" });
+    let _ =
+        writeln!(out, "log level: {}; DPDK: {}", s.log_level, if s.dpdk_started { "running" } else { "not started" });
     if !s.damage.is_empty() {
         let _ = writeln!(out, "damaged by a failed change: {}", s.damage);
     }
@@ -292,7 +295,8 @@ fn settings_into(body: &mut Value, vlan: Option<Value>, set: &[String], patch: b
         body["vlan"] = v;
     }
     for s in set {
-        let usage = |message: String| CliError::Usage { message, hint: "write settings as KEY=VALUE, such as mtu=9000".into() };
+        let usage =
+            |message: String| CliError::Usage { message, hint: "write settings as KEY=VALUE, such as mtu=9000".into() };
         let (key, value) = s.split_once('=').ok_or_else(|| usage(format!("`{s}` is not a setting")))?;
         if key.is_empty() || key.split('.').any(str::is_empty) {
             return Err(usage(format!("`{s}` names no key")));
@@ -351,7 +355,14 @@ fn ports(ports: &[PortView]) -> String {
 fn port_details(p: &PortView) -> String {
     let mut out = String::new();
     let c = &p.config;
-    let _ = writeln!(out, "port {} ({}) in bridge {}: {}", c.name, c.type_name(), c.bridge, state(&p.state.state, colours()));
+    let _ = writeln!(
+        out,
+        "port {} ({}) in bridge {}: {}",
+        c.name,
+        c.type_name(),
+        c.bridge,
+        state(&p.state.state, colours())
+    );
     if !p.state.detail.is_empty() {
         let _ = writeln!(out, "  {}", p.state.detail);
     }
@@ -514,7 +525,9 @@ fn imbalances(s: &Stats) -> Vec<String> {
     queues
         .chain([("originated".to_owned(), &s.originated), ("removed ports".to_owned(), &s.removed)])
         .filter(|(_, q)| q.imbalance() != 0)
-        .map(|(name, q)| format!("{name}: {} received, {} forwarded, {} dropped", q.frames, q.forwarded, q.dropped_total()))
+        .map(|(name, q)| {
+            format!("{name}: {} received, {} forwarded, {} dropped", q.frames, q.forwarded, q.dropped_total())
+        })
         .collect()
 }
 
@@ -600,11 +613,16 @@ fn stats_text(s: &Stats, before: Option<(Duration, &Stats)>) -> String {
         0 => state("OK", colours),
         n => format!("{n:+} (frames on their way while the counters were read)"),
     };
-    format!("{}\n{}\nreceived = forwarded + dropped: {received} = {forwarded} + {dropped}  {check}\n", rx.render(), tx.render())
+    format!(
+        "{}\n{}\nreceived = forwarded + dropped: {received} = {forwarded} + {dropped}  {check}\n",
+        rx.render(),
+        tx.render()
+    )
 }
 
 fn pmds(pmds: &[PmdView]) -> String {
-    let mut t = Table::new(&["PMD", "CORE", "BUSY", "FRAMES", "PER BURST", "SLEEPS", "SPIN us", "LATENCY us", "QUEUES"]);
+    let mut t =
+        Table::new(&["PMD", "CORE", "BUSY", "FRAMES", "PER BURST", "SLEEPS", "SPIN us", "LATENCY us", "QUEUES"]);
     for p in pmds {
         let s = &p.stats;
         let cycles = s.busy_cycles + s.idle_cycles;
@@ -699,7 +717,14 @@ mod tests {
     #[test]
     fn settings_are_read_as_in_the_file() {
         let mut body = json!({});
-        let set = ["mtu=9000", "features.packed=false", "rxq_affinity=[0, 1]", "socket=/run/x", "socket_mode=\"0600\"", "fdb_limit="];
+        let set = [
+            "mtu=9000",
+            "features.packed=false",
+            "rxq_affinity=[0, 1]",
+            "socket=/run/x",
+            "socket_mode=\"0600\"",
+            "fdb_limit=",
+        ];
         settings_into(&mut body, None, &set.map(String::from), true).unwrap();
         assert_eq!(
             body,

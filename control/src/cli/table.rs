@@ -42,7 +42,8 @@ impl Table {
         let widths: Vec<usize> = (0..columns).map(width).collect();
         let numeric: Vec<bool> = (0..columns)
             .map(|c| {
-                let mut cells = self.rows.iter().skip(1).map(|r| cell(r, c)).filter(|t| !t.is_empty() && t != "-").peekable();
+                let mut cells =
+                    self.rows.iter().skip(1).map(|r| cell(r, c)).filter(|t| !t.is_empty() && t != "-").peekable();
                 cells.peek().is_some() && cells.all(|t| t.starts_with(|c: char| c.is_ascii_digit()) && number(&t))
             })
             .collect();

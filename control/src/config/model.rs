@@ -538,9 +538,7 @@ impl PortConfig {
     /// are cut, so that it takes one.
     pub fn live_change(&self, to: &PortConfig) -> bool {
         let kind = match (&self.kind, &to.kind) {
-            (PortKind::Dpdk(a), PortKind::Dpdk(b)) => {
-                *a == DpdkPortConfig { promiscuous: a.promiscuous, ..b.clone() }
-            }
+            (PortKind::Dpdk(a), PortKind::Dpdk(b)) => *a == DpdkPortConfig { promiscuous: a.promiscuous, ..b.clone() },
             (a, b) => a == b,
         };
         self.name == to.name && self.mtu == to.mtu && kind
