@@ -175,6 +175,7 @@ pub fn prepare_event(fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+#[cfg(any(test, fuzzing, feature = "fuzzing"))]
 /// An unnamed file of `len_bytes` zero bytes in memory.
 pub fn anonymous_file(len_bytes: u64) -> io::Result<OwnedFd> {
     // SAFETY: plain system call with a constant name.

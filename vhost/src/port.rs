@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use ferry_dataplane::qsbr::Domain;
 
+use crate::base_mirror::MirrorFile;
 use crate::eventfd;
 use crate::fdio::{self, Wait};
 use crate::features::FeatureSwitches;
@@ -54,6 +55,10 @@ pub struct VhostPortConfig {
     pub ownership: SocketOwnership,
     /// Features offered.
     pub features: FeatureSwitches,
+    /// A small file, in a tmpfs such as `/run`, that keeps the positions of packed rings: with it, a guest with packed rings
+    /// goes on after the switch was killed and restarted. Without it such a guest has to reset its device. Best effort: a
+    /// file that cannot be used is logged and done without.
+    pub state_file: Option<PathBuf>,
 }
 
 impl VhostPortConfig {
@@ -67,6 +72,7 @@ impl VhostPortConfig {
             mtu: 0,
             ownership: SocketOwnership::default(),
             features: FeatureSwitches::default(),
+            state_file: None,
         }
     }
 }
@@ -137,12 +143,20 @@ impl VhostPort {
             queues.set_enabled(vring, true);
         }
         let rx = (0..queues.pairs()).filter_map(|pair| queues.rx(pair)).collect();
+        let mirror = config.state_file.as_ref().and_then(|path| {
+            MirrorFile::open(path, usize::from(config.queue_pairs) * 2)
+                .inspect_err(
+                    |e| tracing::warn!(port = %config.name, path = %path.display(), "state file not used: {e}"),
+                )
+                .ok()
+        });
         let session = Session::new(
             SessionConfig {
                 queue_pairs: config.queue_pairs,
                 mtu: config.mtu,
                 features: config.features.features(config.queue_pairs, config.mtu),
                 protocol_features: config.features.protocol_features(),
+                mirror,
             },
             Arc::clone(&queues),
             Arc::clone(&observer),
