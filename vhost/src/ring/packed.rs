@@ -165,7 +165,7 @@ impl Format for Packed {
         self.next_avail
     }
 
-    #[inline]
+    #[inline(always)]
     fn advance(&mut self, to: Position) {
         let taken = if to.index >= self.next_avail.index {
             to.index - self.next_avail.index
@@ -176,7 +176,7 @@ impl Format for Packed {
         self.next_avail = to;
     }
 
-    #[inline]
+    #[inline(always)]
     fn peek<S: Sink>(&mut self, core: &mut Core, at: &mut Position, sink: &mut S) -> Result<Option<Found>, Fault> {
         if !self.is_available(*at) {
             return Ok(None);
@@ -209,7 +209,7 @@ impl Format for Packed {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn put_used(&mut self, core: &mut Core, chain: Chain, len: u32) {
         let at = self.next_used;
         let p = self.desc_ptr(at.index);

@@ -559,10 +559,14 @@ impl Switch {
         ring
     }
 
-    /// Receives a burst; returns the frames. Their buffers are still held.
-    pub fn receive(&mut self) -> Vec<Vec<u8>> {
+    pub fn receive_only(&mut self) {
         self.burst.clear();
         self.rx.receive(&self.guard, &mut self.burst);
+    }
+
+    /// Receives a burst; returns the frames. Their buffers are still held.
+    pub fn receive(&mut self) -> Vec<Vec<u8>> {
+        self.receive_only();
         self.burst.take_snapshots();
         (0..self.burst.len())
             .map(|i| {
@@ -583,6 +587,11 @@ impl Switch {
 
     /// Sends what `receive` received back to the same guest; returns the mask of accepted frames.
     pub fn echo(&mut self) -> u64 {
+        self.echo_timed(|| 0).0
+    }
+
+    /// As `echo`; also how far `clock` went while the frames were sent.
+    pub fn echo_timed(&mut self, clock: impl Fn() -> u64) -> (u64, u64) {
         let frames: Vec<TxFrame<'_>> = (0..self.burst.len())
             .map(|i| {
                 let head = self.burst.snapshot(i);
@@ -595,9 +604,10 @@ impl Switch {
             })
             .collect();
         self.report.reset(ferry_dataplane::counters::DropReason::TxNotReady);
+        let start = clock();
         self.tx.send(&self.guard, 0, &frames, &mut self.report);
         self.tx.flush(&self.guard, 0);
-        self.report.accepted
+        (self.report.accepted, clock() - start)
     }
 
     /// Sends frames from private memory (body in one piece).
