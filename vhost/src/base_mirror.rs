@@ -3,10 +3,10 @@
 //! A split ring tells by its used index how far the device got. A packed ring does not, and when the back-end dies without
 //! GET_VRING_BASE, QEMU sends the base of the last start again, which is stale. So before a burst becomes visible to the
 //! guest, its PMD thread stores two positions here: before and behind the burst. Whether the burst got out shows
-//! in the ring itself, at the first position (see [`crate::resume`]); so killing the process at any instruction is harmless.
+//! in the ring itself, at the first position (see `resume.rs`); so killing the process at any instruction is harmless.
 //!
 //! The file belongs into a tmpfs (`/run`): on a disk, its write-back could stall a PMD thread.
-//! Layout, native byte order: 64 bytes of header (magic, number of slots), then 64 bytes per vring (see [`Offset`]).
+//! Layout, native byte order: 64 bytes of header (magic, number of slots), then 64 bytes per vring (see `Offset`).
 #![allow(unsafe_code)] // Atomic access to a shared mapping.
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -156,6 +156,8 @@ pub fn poll(waits: &mut [Wait], timeout: Option<Duration>) -> io::Result<()> {
 }
 
 /// Prepares a kick, call or error descriptor of a frontend: it must be an eventfd, and writing to it must not block a PMD thread.
+/// (The flag belongs to the open file that both sides share, so a frontend that is bent on it can still take it off again
+/// and fill the counter; Linux has no write to an eventfd that is non-blocking by itself.)
 ///
 /// # Errors
 /// When it is something else (a full pipe, say, would block the writer), or fcntl fails.

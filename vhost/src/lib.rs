@@ -16,7 +16,7 @@ mod message;
 pub mod net_header;
 pub mod port;
 pub mod queue;
-pub mod relay;
+mod relay;
 mod resume;
 pub mod ring;
 mod session;

@@ -282,10 +282,15 @@ impl Session {
         }
     }
 
-    /// True when the file behind guest memory or the log was truncated.
-    fn is_poisoned(&self) -> bool {
-        self.memory.as_ref().is_some_and(|m| m.is_poisoned())
-            || self.log.as_ref().is_some_and(|l| l.poisoned().load(Ordering::Acquire))
+    /// What to say when the file behind guest memory or the log was truncated.
+    fn lost_file(&self) -> Option<&'static str> {
+        if self.memory.as_ref().is_some_and(|m| m.is_poisoned()) {
+            Some("guest memory file was truncated")
+        } else if self.log.as_ref().is_some_and(|l| l.poisoned().load(Ordering::Acquire)) {
+            Some("dirty log file was truncated")
+        } else {
+            None
+        }
     }
 
     /// A PMD thread reported faults: the rings concerned are stopped already, here they are taken down.
@@ -293,8 +298,9 @@ impl Session {
         while let Some(fault) = self.queues.take_fault() {
             let index = u32::from(fault.vring);
             // A ring may stumble over the zeroes that stand in for the lost pages before it looks at the flag.
-            let memory_lost = fault.kind == FaultKind::MemoryLost || self.is_poisoned();
-            let text = if memory_lost { "guest memory file was truncated".to_owned() } else { fault.to_string() };
+            let lost = self.lost_file();
+            let memory_lost = fault.kind == FaultKind::MemoryLost || lost.is_some();
+            let text = lost.map_or_else(|| fault.to_string(), str::to_owned);
             tracing::warn!(vring = fault.vring, %text, "ring stopped");
             if memory_lost {
                 // Every ring lives in that memory, or writes to that log.
