@@ -201,6 +201,7 @@ pub fn ring(data: &[u8]) {
         call: None,
         kick: None,
         err: None,
+        base_mirror: None,
     };
     let domain = Domain::new();
     let mut guard = domain.register().expect("a free slot");

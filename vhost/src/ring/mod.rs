@@ -35,6 +35,7 @@ use ferry_dataplane::counters::{Counter, DropReason};
 use ferry_dataplane::frame::{RxBurst, TxFrame};
 use ferry_dataplane::port::TxReport;
 
+use crate::base_mirror::BaseMirror;
 use crate::dirty_log::DirtyLog;
 use crate::memory::{Cursor, MemoryMap};
 use crate::net_header::{feature, header_len};
@@ -83,6 +84,8 @@ pub struct RingConfig {
     pub kick: Option<Arc<OwnedFd>>,
     /// Eventfd for errors (SET_VRING_ERR); written when the ring faults.
     pub err: Option<OwnedFd>,
+    /// Where the positions of a packed ring are stored before each burst becomes visible.
+    pub base_mirror: Option<Arc<BaseMirror>>,
 }
 
 /// Why a ring cannot be started.
@@ -335,6 +338,7 @@ pub(crate) struct Core {
     chain_limit: u16,
     indirect: bool,
     event_idx: bool,
+    base_mirror: Option<Arc<BaseMirror>>,
 }
 
 impl Core {
@@ -488,6 +492,7 @@ impl Ring {
             chain_limit: size.min(MAX_CHAIN_DESCRIPTORS),
             indirect: features & feature::INDIRECT_DESC != 0,
             event_idx,
+            base_mirror: config.base_mirror.clone(),
         };
         let kind = if is_packed {
             let position = packed::Position::from_base(config.base);
