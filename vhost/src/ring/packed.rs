@@ -149,6 +149,7 @@ impl Packed {
                 return Err((FaultKind::ChainTooLong, u32::from(slots) + 1));
             }
             slots += 1;
+            core.followed += 1;
             place = place.add(1, self.size);
             // 2.8.8: the driver writes the head's flags last, so that the whole chain is there.
             // SAFETY: place is inside the ring.
