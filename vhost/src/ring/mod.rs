@@ -35,7 +35,7 @@ use ferry_dataplane::counters::{Counter, DropReason};
 use ferry_dataplane::frame::{RxBurst, TxFrame};
 use ferry_dataplane::port::TxReport;
 
-use crate::dirty_log::DirtyLog;
+use crate::dirty_log::{DirtyLog, LOG_PAGE_BYTES};
 use crate::memory::{Cursor, MemoryMap};
 use crate::net_header::{feature, header_len};
 use packed::Packed;
@@ -313,6 +313,14 @@ impl LogBatch {
 
     #[inline]
     fn add(&mut self, gpa: u64, len: u32) {
+        // Used descriptors follow one another in few pages: one range for each page is enough.
+        if let Some(&(last, _)) = self.ranges.last()
+            && last / LOG_PAGE_BYTES == gpa / LOG_PAGE_BYTES
+            && gpa % LOG_PAGE_BYTES + u64::from(len) <= LOG_PAGE_BYTES
+            && len > 0
+        {
+            return;
+        }
         if self.ranges.len() == Self::CAPACITY {
             std::sync::atomic::fence(Ordering::SeqCst);
             self.mark();
