@@ -123,6 +123,7 @@ pub(super) fn indirect<S: Sink>(
     let mut followed = 0u32;
     loop {
         followed += 1;
+        core.followed += 1;
         if followed > count.min(limit) {
             return Err((FaultKind::ChainTooLong, followed));
         }
