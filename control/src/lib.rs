@@ -1,1 +1,15 @@
 //! ferryd and ferry: configuration, local API, metrics.
+
+pub mod api;
+pub mod cli;
+pub mod config;
+pub mod core;
+pub mod daemon;
+pub mod engine;
+pub mod events;
+pub mod logs;
+pub mod metrics;
+pub mod notify;
+pub mod plan;
+pub mod ports;
+pub mod threads;

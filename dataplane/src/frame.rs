@@ -18,6 +18,9 @@ pub const BURST_SEGMENTS: usize = 4096;
 /// Longest frame handled: 64 KiB of TSO payload plus headers and tags.
 pub const MAX_FRAME_BYTES: u32 = 65_535 + 18 + 8;
 
+/// Longest frame that can be originated, bytes.
+const PRIVATE_BYTES: usize = 2048;
+
 /// A contiguous piece of a received frame in port memory.
 ///
 /// Not `Clone`: it can only be reached through the burst that owns it, hence not after release.
@@ -114,6 +117,8 @@ pub struct RxBurst {
     /// Frames the port refused before they became frames (malformed descriptors ...), by reason.
     rejected: [u32; DropReason::COUNT],
     any_rejected: bool,
+    /// Bytes of a frame that the switch originates itself.
+    private: Box<[u8; PRIVATE_BYTES]>,
 }
 
 impl Default for RxBurst {
@@ -132,6 +137,7 @@ impl RxBurst {
             len: 0,
             rejected: [0; DropReason::COUNT],
             any_rejected: false,
+            private: Box::new([0; PRIVATE_BYTES]),
         }
     }
 
@@ -177,6 +183,17 @@ impl RxBurst {
         if len != 0 && self.segments.len() < BURST_SEGMENTS {
             self.segments.push(Segment { addr, len });
         }
+    }
+
+    /// Adds a frame of the switch's own making as a piece, copied into the burst; only one per burst.
+    pub fn push_private(&mut self, bytes: &[u8]) {
+        let n = bytes.len().min(PRIVATE_BYTES);
+        for (to, from) in self.private.iter_mut().zip(bytes) {
+            *to = *from;
+        }
+        let addr = self.private.as_ptr();
+        // SAFETY: the box lives as long as the burst and is written only here, before the next frame of this kind.
+        unsafe { self.push_segment(addr, n as u32) };
     }
 
     /// Number of segments pushed so far: pass it to [`Self::abandon_frame`] or [`Self::finish_frame`].

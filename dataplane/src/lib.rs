@@ -4,8 +4,18 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
 )]
 
+pub mod bridge;
+pub mod clock;
 pub mod counters;
 pub mod frame;
+pub mod fuzzing;
+pub mod offload;
+pub mod output;
 pub mod packet;
+pub mod pmd;
 pub mod port;
 pub mod qsbr;
+pub mod switch;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+pub mod worker;

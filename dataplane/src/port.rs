@@ -57,6 +57,8 @@ pub struct TxCapabilities {
     pub tso6: bool,
     /// Takes TSO frames with `Offload::ecn`.
     pub ecn: bool,
+    /// Has several queues to choose from by `TxFrame::flow_hash`.
+    pub multiqueue: bool,
     /// Longest frame with Ethernet header and one VLAN tag, without segmentation owed; bytes. 0: no limit known.
     pub max_frame_bytes: u32,
 }

@@ -193,3 +193,156 @@ impl<T> Drop for Published<T> {
 unsafe impl<T: Send + Sync> Sync for Published<T> {}
 // SAFETY: it owns a T.
 unsafe impl<T: Send> Send for Published<T> {}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    /// Counts its drops.
+    struct Canary(Arc<AtomicUsize>, u64);
+    impl Drop for Canary {
+        fn drop(&mut self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            self.1 = u64::MAX;
+        }
+    }
+
+    #[test]
+    fn sleeping_and_absent_readers_do_not_hold_up_a_grace_period() {
+        let domain = Domain::new();
+        domain.synchronize();
+        let mut guard = domain.register().unwrap();
+        guard.offline();
+        domain.synchronize();
+        guard.online();
+        drop(guard);
+        domain.synchronize();
+    }
+
+    #[test]
+    fn an_online_reader_holds_it_up_until_its_quiescent_state() {
+        let domain = Domain::new();
+        let mut guard = domain.register().unwrap();
+        let done = Arc::new(AtomicBool::new(false));
+        let waiter = {
+            let (domain, done) = (Arc::clone(&domain), Arc::clone(&done));
+            std::thread::spawn(move || {
+                domain.synchronize();
+                done.store(true, Ordering::SeqCst);
+            })
+        };
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert!(!done.load(Ordering::SeqCst));
+        while !done.load(Ordering::SeqCst) {
+            guard.quiescent();
+        }
+        waiter.join().unwrap();
+    }
+
+    #[test]
+    fn values_are_dropped_once_and_never_under_a_reader() {
+        let domain = Domain::new();
+        let drops = Arc::new(AtomicUsize::new(0));
+        let cell = Arc::new(Published::<Canary>::empty());
+        let stop = Arc::new(AtomicBool::new(false));
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                let (domain, cell, stop) = (Arc::clone(&domain), Arc::clone(&cell), Arc::clone(&stop));
+                std::thread::spawn(move || {
+                    let mut guard = domain.register().unwrap();
+                    let mut round = 0u32;
+                    while !stop.load(Ordering::Relaxed) {
+                        if let Some(c) = cell.load(&guard) {
+                            assert_ne!(c.1, u64::MAX, "seen after it was dropped");
+                        }
+                        guard.quiescent();
+                        round += 1;
+                        if round % 1000 == 0 {
+                            guard.offline();
+                            guard.online();
+                        }
+                    }
+                })
+            })
+            .collect();
+        for i in 0..2000 {
+            cell.replace((i % 3 != 0).then(|| Box::new(Canary(Arc::clone(&drops), i))), &domain);
+        }
+        stop.store(true, Ordering::Relaxed);
+        for r in readers {
+            r.join().unwrap();
+        }
+        drop(cell);
+        assert_eq!(drops.load(Ordering::SeqCst), (0..2000).filter(|i| i % 3 != 0).count());
+    }
+
+    #[test]
+    fn slots_run_out_and_come_back() {
+        let domain = Domain::with_slots(2);
+        let a = domain.register().unwrap();
+        let b = domain.register().unwrap();
+        assert!(domain.register().is_none());
+        assert_ne!(a.index(), b.index());
+        drop(a);
+        assert!(domain.register().is_some());
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+
+    /// The writer takes the value away while a reader uses it, passes a quiescent state and looks again.
+    #[test]
+    fn a_reader_never_holds_a_reclaimed_value() {
+        loom::model(|| {
+            let domain = Domain::with_slots(1);
+            let alive = loom::sync::Arc::new(AtomicBool::new(true));
+            let cell = Arc::new(Published::new(Box::new(loom::sync::Arc::clone(&alive))));
+            let mut guard = domain.register().unwrap();
+            let reader = {
+                let cell = Arc::clone(&cell);
+                loom::thread::spawn(move || {
+                    if let Some(value) = cell.load(&guard) {
+                        assert!(value.load(Ordering::Relaxed), "reclaimed under the reader");
+                    }
+                    guard.quiescent();
+                    if let Some(value) = cell.load(&guard) {
+                        assert!(value.load(Ordering::Relaxed), "reclaimed under the reader");
+                    }
+                    guard.offline();
+                })
+            };
+            let old = cell.replace(None, &domain).unwrap();
+            // From here on no reader may look at it.
+            old.store(false, Ordering::Relaxed);
+            reader.join().unwrap();
+        });
+    }
+
+    /// A reader that wakes up sees either the old value before the grace period ends, or not at all.
+    #[test]
+    fn waking_up_is_no_loophole() {
+        loom::model(|| {
+            let domain = Domain::with_slots(1);
+            let alive = loom::sync::Arc::new(AtomicBool::new(true));
+            let cell = Arc::new(Published::new(Box::new(loom::sync::Arc::clone(&alive))));
+            let mut guard = domain.register().unwrap();
+            guard.offline();
+            let reader = {
+                let cell = Arc::clone(&cell);
+                loom::thread::spawn(move || {
+                    guard.online();
+                    if let Some(value) = cell.load(&guard) {
+                        assert!(value.load(Ordering::Relaxed), "reclaimed under the reader");
+                    }
+                    guard.offline();
+                })
+            };
+            let old = cell.replace(None, &domain).unwrap();
+            old.store(false, Ordering::Relaxed);
+            reader.join().unwrap();
+        });
+    }
+}

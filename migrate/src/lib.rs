@@ -1,1 +1,3 @@
 //! Flow-state migration: announcing a VM that has arrived.
+
+pub mod announce;

@@ -43,8 +43,9 @@ impl DirtyLog {
         if size == 0 {
             return Err(LogError::Empty);
         }
-        let mapping = Mapping::new(file, offset, size)?;
-        Ok(Arc::new(Self { mapping, out_of_range: AtomicU64::new(0), poisoned: Arc::default() }))
+        let poisoned = Arc::default();
+        let mapping = Mapping::new(file, offset, size, &poisoned)?;
+        Ok(Arc::new(Self { mapping, out_of_range: AtomicU64::new(0), poisoned }))
     }
 
     /// Marks the pages of `len` bytes at guest physical address `gpa`, which were written before the call by this thread.

@@ -13,6 +13,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::sigbus::{self, Registration};
+
 /// Most regions of one guest: QEMU's limit for CONFIGURE_MEM_SLOTS (`VHOST_USER_MAX_RAM_SLOTS` is 512 on x86, three are
 /// never hot-plugged).
 pub const MAX_REGIONS: usize = 509;
@@ -81,6 +83,8 @@ pub(crate) struct Mapping {
     /// Where the wanted bytes begin.
     start: NonNull<u8>,
     len: usize,
+    /// Contains a SIGBUS inside. `None` only while the mapping is made and unmade.
+    protection: Option<Registration>,
 }
 
 // SAFETY: a Mapping is an address range that belongs to no thread; accesses through it are the users' business.
@@ -90,7 +94,8 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps `len` bytes of `file` from `offset` on, shared and writable, after checking that the file holds them.
-    pub(crate) fn new(file: &File, offset: u64, len: u64) -> Result<Self, MemoryError> {
+    /// `poisoned` is set when the file turns out to be shorter later (see [`sigbus`]).
+    pub(crate) fn new(file: &File, offset: u64, len: u64, poisoned: &Arc<AtomicBool>) -> Result<Self, MemoryError> {
         let needed =
             offset.checked_add(len).ok_or(MemoryError::Overflow { what: "file offset", addr: offset, size: len })?;
         // SAFETY: fstat writes into the zeroed struct that it is given; all-zero is a valid `stat`.
@@ -142,7 +147,13 @@ impl Mapping {
         unsafe { libc::madvise(map.as_ptr().cast(), map_len, libc::MADV_DONTDUMP) };
         // SAFETY: lead < map_len by construction.
         let start = unsafe { map.add(lead) };
-        Ok(Self { map, map_len, start, len })
+        let mut mapping = Self { map, map_len, start, len, protection: None };
+        // SAFETY: exactly what was mapped just now, huge pages included; only raw pointers lead into it, and `drop` ends the
+        // registration before it unmaps.
+        let protection = unsafe { sigbus::register(map.as_ptr(), map_len, poisoned) };
+        mapping.protection =
+            Some(protection.map_err(|source| MemoryError::System { call: "fault protection", source })?);
+        Ok(mapping)
     }
 
     /// First wanted byte.
@@ -166,6 +177,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.protection = None;
         // SAFETY: exactly what mmap returned; whoever could reach it (rings, published maps) held this value alive.
         unsafe { libc::munmap(self.map.as_ptr().cast(), self.map_len) };
     }
@@ -209,16 +221,9 @@ impl GuestRegion {
         for (what, addr) in [("guest address", guest_addr), ("user address", user_addr), ("file offset", mmap_offset)] {
             addr.checked_add(size).ok_or(MemoryError::Overflow { what, addr, size })?;
         }
-        let mapping = Mapping::new(&file, mmap_offset, size)?;
-        Ok(Arc::new(Self {
-            guest_addr,
-            user_addr,
-            size,
-            mmap_offset,
-            mapping,
-            poisoned: Arc::new(AtomicBool::new(false)),
-            file,
-        }))
+        let poisoned = Arc::new(AtomicBool::new(false));
+        let mapping = Mapping::new(&file, mmap_offset, size, &poisoned)?;
+        Ok(Arc::new(Self { guest_addr, user_addr, size, mmap_offset, mapping, poisoned, file }))
     }
 
     /// Guest physical address of the first byte.

@@ -63,7 +63,7 @@ pub fn capabilities(features: u64) -> TxCapabilities {
     let csum = has(feature::GUEST_CSUM);
     let tso4 = csum && has(feature::GUEST_TSO4);
     let tso6 = csum && has(feature::GUEST_TSO6);
-    TxCapabilities { csum, tso4, tso6, ecn: (tso4 || tso6) && has(feature::GUEST_ECN), max_frame_bytes: 0 }
+    TxCapabilities { csum, tso4, tso6, ecn: (tso4 || tso6) && has(feature::GUEST_ECN), ..TxCapabilities::default() }
 }
 
 /// A header as two little-endian words, so that it travels in registers: a byte array, written in one width and read in

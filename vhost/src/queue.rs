@@ -481,7 +481,9 @@ impl TxPort for VhostTx {
         // All rings of a device have the same features.
         let first = self.queues.slots.get(2 * ready.trailing_zeros() as usize);
         match first.and_then(|slot| slot.ring.0.load(guard)) {
-            Some(running) => net_header::capabilities(running.features),
+            Some(running) => {
+                TxCapabilities { multiqueue: ready.count_ones() > 1, ..net_header::capabilities(running.features) }
+            }
             None => TxCapabilities::default(),
         }
     }

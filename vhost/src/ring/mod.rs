@@ -35,6 +35,7 @@ use ferry_dataplane::counters::{Counter, DropReason};
 use ferry_dataplane::frame::{RxBurst, TxFrame};
 use ferry_dataplane::port::TxReport;
 
+use crate::base_mirror::BaseMirror;
 use crate::dirty_log::{DirtyLog, LOG_PAGE_BYTES};
 use crate::memory::{Cursor, MemoryMap};
 use crate::net_header::{feature, header_len};
@@ -88,6 +89,8 @@ pub struct RingConfig {
     pub kick: Option<Arc<OwnedFd>>,
     /// Eventfd for errors (SET_VRING_ERR); written when the ring faults.
     pub err: Option<OwnedFd>,
+    /// Where the positions of a packed ring are stored before each burst becomes visible.
+    pub base_mirror: Option<Arc<BaseMirror>>,
 }
 
 /// Why a ring cannot be started.
@@ -350,6 +353,7 @@ pub(crate) struct Core {
     followed: u32,
     indirect: bool,
     event_idx: bool,
+    base_mirror: Option<Arc<BaseMirror>>,
 }
 
 impl Core {
@@ -504,6 +508,7 @@ impl Ring {
             followed: 0,
             indirect: features & feature::INDIRECT_DESC != 0,
             event_idx,
+            base_mirror: config.base_mirror.clone(),
         };
         let kind = if is_packed {
             let position = packed::Position::from_base(config.base);

@@ -236,6 +236,9 @@ impl Format for Packed {
         if old == new {
             return false;
         }
+        if let Some(mirror) = &core.base_mirror {
+            mirror.store(old.to_bits(), new.to_bits());
+        }
         // Everything else of the batch is visible before the first flags are (2.8.22).
         self.flags(old.index).store(self.first_flags.to_le(), Ordering::Release);
         self.published = new;

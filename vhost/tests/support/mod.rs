@@ -278,6 +278,7 @@ impl Driver {
             call: Some(self.call.try_clone().unwrap()),
             kick: Some(Arc::clone(&self.kick)),
             err: None,
+            base_mirror: None,
         }
     }
 

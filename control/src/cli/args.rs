@@ -1,0 +1,265 @@
+//! What can be typed.
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueHint};
+use clap_complete::Shell;
+
+use crate::config::{DEFAULT_CONFIG, DEFAULT_SOCKET};
+
+/// Poll-mode virtual switch for QEMU guests over vhost-user, with DPDK uplinks.
+///
+/// Signals: SIGHUP reads the configuration again and applies what changed, wholly or not at all; SIGTERM and SIGINT stop in order.
+/// Readiness is reported to systemd (Type=notify-reload). Exit status: 0 stopped in order, 1 could not start, 2 invalid configuration.
+#[derive(Debug, Parser)]
+#[command(name = "ferryd", version)]
+pub struct DaemonArgs {
+    /// Configuration file.
+    #[arg(long, short, value_name = "FILE", default_value = DEFAULT_CONFIG, value_hint = ValueHint::FilePath)]
+    pub config: PathBuf,
+    /// Only check the configuration.
+    #[arg(long)]
+    pub check: bool,
+}
+
+/// Shows and changes what the virtual switch ferryd does.
+///
+/// Exit status: 0 done; 1 ferryd refused or failed; 2 wrong usage or invalid configuration; 3 ferryd cannot be reached;
+/// 4 no such port, bridge or queue; 5 `stats --check` found counters that do not add up.
+#[derive(Debug, Parser)]
+#[command(name = "ferry", version, propagate_version = true, max_term_width = 110)]
+pub struct Cli {
+    /// The API's socket.
+    #[arg(long, global = true, value_name = "PATH", env = "FERRY_SOCKET", default_value = DEFAULT_SOCKET, value_hint = ValueHint::FilePath)]
+    pub socket: PathBuf,
+    /// Prints the API's answer as JSON.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Shows how the daemon is doing, and what differs from the configuration file.
+    Status,
+    /// Ports.
+    #[command(subcommand)]
+    Port(PortCommand),
+    /// Bridges.
+    #[command(subcommand)]
+    Bridge(BridgeCommand),
+    /// Learned addresses.
+    #[command(subcommand)]
+    Fdb(FdbCommand),
+    /// Shows counters and checks that every received frame was forwarded or dropped for a named reason.
+    Stats(StatsArgs),
+    /// PMD threads.
+    #[command(subcommand)]
+    Pmd(PmdCommand),
+    /// Applies what changed in the configuration file, wholly or not at all. Changes made at run time stay where the file did not change.
+    Reload {
+        /// Drops changes made at run time.
+        #[arg(long)]
+        discard_runtime: bool,
+        /// Only shows what would be done.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Configuration.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Sets the least severity that is logged (or a filter) until the next start.
+    Log {
+        /// "error", "warn", "info", "debug", "trace", or a filter such as "info,ferry_vhost=debug".
+        level: String,
+    },
+    /// Prints a completion script.
+    Completions {
+        /// For this shell.
+        shell: Shell,
+        /// For ferryd instead of ferry.
+        #[arg(long)]
+        daemon: bool,
+    },
+    /// Writes the man pages of ferry and ferryd.
+    Man {
+        /// Into this directory.
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        out: PathBuf,
+    },
+}
+
+/// Settings as `KEY=VALUE`.
+#[derive(Debug, Args)]
+pub struct Settings {
+    /// Settings, named as in the configuration file, such as `mtu=9000`, `features.packed=false`, `rxq_affinity=[0,1]`. An empty value restores the default.
+    #[arg(value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Only shows what would be done.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// VLAN membership.
+#[derive(Debug, Args)]
+pub struct VlanArgs {
+    /// Untagged frames, all of this VLAN.
+    #[arg(long, value_name = "VLAN", conflicts_with_all = ["trunk", "native"])]
+    pub access: Option<u16>,
+    /// Tagged frames of these VLANs, such as `100-199,300`; `all` for every VLAN.
+    #[arg(long, value_name = "VLANS")]
+    pub trunk: Option<String>,
+    /// VLAN of untagged frames on a trunk.
+    #[arg(long, value_name = "VLAN")]
+    pub native: Option<u16>,
+    /// Sends the native VLAN tagged.
+    #[arg(long, requires = "native")]
+    pub native_tagged: bool,
+}
+
+/// `ferry port`
+#[derive(Debug, Subcommand)]
+pub enum PortCommand {
+    /// Lists the ports.
+    List,
+    /// Shows a port with everything known about it.
+    Show {
+        /// The port.
+        name: String,
+    },
+    /// Adds a port until the next start. Give --vhost-user or --dpdk.
+    Add {
+        /// Its name.
+        name: String,
+        /// The bridge it belongs to.
+        #[arg(long)]
+        bridge: String,
+        /// A guest's NIC: path of the vhost-user socket.
+        #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath, required_unless_present = "dpdk", conflicts_with = "dpdk")]
+        vhost_user: Option<String>,
+        /// Connects to the socket, on which QEMU listens, instead of listening.
+        #[arg(long, requires = "vhost_user")]
+        client: bool,
+        /// A DPDK device: PCI address, or virtual device with its arguments.
+        #[arg(long, value_name = "DEVICE")]
+        dpdk: Option<String>,
+        #[command(flatten)]
+        vlan: VlanArgs,
+        #[command(flatten)]
+        settings: Settings,
+    },
+    /// Changes a port. Bridge, VLANs, admin_up, fdb_limit and rxq_affinity change without disturbing it.
+    Set {
+        /// The port.
+        name: String,
+        #[command(flatten)]
+        vlan: VlanArgs,
+        #[command(flatten)]
+        settings: Settings,
+    },
+    /// Removes a port.
+    Remove {
+        /// The port.
+        name: String,
+        /// Only shows what would be done.
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+/// `ferry bridge`
+#[derive(Debug, Subcommand)]
+pub enum BridgeCommand {
+    /// Lists the bridges.
+    List,
+    /// Adds a bridge until the next start.
+    Add {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        settings: Settings,
+    },
+    /// Changes a bridge.
+    Set {
+        /// The bridge.
+        name: String,
+        #[command(flatten)]
+        settings: Settings,
+    },
+    /// Removes a bridge that has no ports.
+    Remove {
+        /// The bridge.
+        name: String,
+        /// Only shows what would be done.
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+/// `ferry fdb`
+#[derive(Debug, Subcommand)]
+pub enum FdbCommand {
+    /// Shows learned addresses.
+    Show {
+        /// Of this bridge; all bridges without.
+        bridge: Option<String>,
+        /// Only behind this port.
+        #[arg(long)]
+        port: Option<String>,
+    },
+    /// Forgets learned addresses.
+    Flush {
+        /// Of this bridge.
+        bridge: String,
+        /// Only behind this port.
+        #[arg(long)]
+        port: Option<String>,
+    },
+}
+
+/// `ferry stats`
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    /// Only this port.
+    #[arg(long)]
+    pub port: Option<String>,
+    /// Shows them again and again, with rates; every so many seconds.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub watch: Option<u64>,
+    /// Fails (status 5) unless received = forwarded + dropped on every queue, which holds whenever no burst is under way.
+    #[arg(long, conflicts_with = "watch")]
+    pub check: bool,
+}
+
+/// `ferry pmd`
+#[derive(Debug, Subcommand)]
+pub enum PmdCommand {
+    /// Shows PMD threads, their load and their queues.
+    Show,
+    /// Gives a port's receive queue to another PMD thread.
+    Assign {
+        /// The port.
+        port: String,
+        /// The queue, from 0.
+        queue: u32,
+        /// The PMD thread, from 0.
+        pmd: u32,
+    },
+}
+
+/// `ferry config`
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Checks a configuration file: names line, column and the fix. Needs no daemon.
+    Check {
+        /// The file.
+        #[arg(value_hint = ValueHint::FilePath, default_value = DEFAULT_CONFIG)]
+        file: PathBuf,
+    },
+    /// Prints the configuration in effect, as TOML that a file could hold.
+    Show,
+    /// Prints the reference of all keys. Needs no daemon.
+    Reference,
+}

@@ -1,0 +1,10 @@
+//! The command line: `ferry` talks to the daemon's API; `ferryd`'s own arguments are here too, so that man pages and completions
+//! are made of one description.
+mod args;
+mod client;
+mod run;
+mod table;
+
+pub use args::{Cli, DaemonArgs};
+pub use client::{CliError, Client};
+pub use run::main;

@@ -1,0 +1,198 @@
+//! What the daemon asks of the switch, and what it is told.
+pub mod sleeper;
+mod switch_engine;
+
+pub use switch_engine::{Opened, Opener, PortHandle, SwitchEngine};
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::config::{BridgeConfig, DpdkConfig, PmdSpec, PortConfig};
+
+/// Why the switch could not do a step.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct EngineError {
+    /// What went wrong.
+    pub message: String,
+    /// What to do about it; may be empty.
+    pub hint: String,
+}
+
+impl EngineError {
+    /// An error with a remedy.
+    pub fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: hint.into() }
+    }
+}
+
+/// The switch as the control side sees it. Each method does its change wholly or not at all, and may block for some
+/// milliseconds (grace periods, sockets, devices). Never called from a PMD thread.
+pub trait Engine: Send {
+    /// Sets what DPDK will be started with. Fails once DPDK runs.
+    fn set_dpdk(&mut self, dpdk: &DpdkConfig) -> Result<(), EngineError>;
+    /// True once DPDK runs.
+    fn dpdk_started(&self) -> bool;
+    /// Starts PMD thread `index`, which is the next one.
+    fn add_pmd(&mut self, index: usize, spec: &PmdSpec) -> Result<(), EngineError>;
+    /// Replaces PMD thread `index`; its queues move along.
+    fn update_pmd(&mut self, index: usize, spec: &PmdSpec) -> Result<(), EngineError>;
+    /// Ends PMD thread `index`, which is the last one and serves no queue.
+    fn remove_pmd(&mut self, index: usize) -> Result<(), EngineError>;
+    /// Adds a bridge.
+    fn add_bridge(&mut self, bridge: &BridgeConfig) -> Result<(), EngineError>;
+    /// Changes a bridge.
+    fn update_bridge(&mut self, bridge: &BridgeConfig) -> Result<(), EngineError>;
+    /// Removes a bridge without ports.
+    fn remove_bridge(&mut self, name: &str) -> Result<(), EngineError>;
+    /// Adds a port; `placed[i]` is the PMD thread of receive queue i.
+    fn add_port(&mut self, port: &PortConfig, placed: &[usize]) -> Result<(), EngineError>;
+    /// Changes what the switch keeps of a port, without disturbing it.
+    fn update_port(&mut self, port: &PortConfig) -> Result<(), EngineError>;
+    /// Removes a port; its socket or device is free afterwards.
+    fn remove_port(&mut self, name: &str) -> Result<(), EngineError>;
+    /// Moves receive queue `queue` of `port` to PMD thread `pmd`.
+    fn assign(&mut self, port: &str, queue: u32, pmd: usize) -> Result<(), EngineError>;
+    /// Sends a frame of the switch's own as if it had come in from the port `ingress`.
+    fn inject(&mut self, ingress: &str, frame: &[u8]) -> Result<(), EngineError>;
+    /// The bridge's learned addresses.
+    fn fdb(&self, bridge: &str) -> Result<Vec<FdbEntry>, EngineError>;
+    /// Forgets learned addresses, all or those behind `port`; returns how many.
+    fn fdb_flush(&mut self, bridge: &str, port: Option<&str>) -> Result<usize, EngineError>;
+    /// How a port is doing.
+    fn port_state(&self, name: &str) -> Result<PortState, EngineError>;
+    /// All counters.
+    fn stats(&self) -> Stats;
+    /// Ends everything in order: ports closed, sockets removed, threads stopped.
+    fn shutdown(&mut self);
+}
+
+/// How a port is doing.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PortState {
+    /// One word: `up`, `down`, `waiting` (no peer connected), `connected` (peer present, rings not running), `fault`.
+    pub state: String,
+    /// What is wrong or missing, in words; may be empty.
+    #[serde(default)]
+    pub detail: String,
+    /// Details of the port's type (negotiated features, rings, link).
+    #[serde(default)]
+    pub status: Value,
+}
+
+/// A learned address.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FdbEntry {
+    /// VLAN.
+    pub vlan: u16,
+    /// Address, as `52:54:00:12:34:56`.
+    pub mac: String,
+    /// Port behind which it is.
+    pub port: String,
+    /// Seconds since the last frame from it.
+    pub age_s: u64,
+}
+
+/// All counters at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Stats {
+    /// By port.
+    pub ports: Vec<PortStats>,
+    /// Frames that the switch originated itself (announcements).
+    #[serde(default)]
+    pub originated: RxStats,
+    /// Sums over ports that were removed, so that totals never go back.
+    #[serde(default)]
+    pub removed: RxStats,
+    /// By PMD thread.
+    pub pmds: Vec<PmdStats>,
+}
+
+impl Stats {
+    /// Every input: the queues of all ports, what was originated, and ports of the past.
+    pub fn inputs(&self) -> impl Iterator<Item = &RxStats> {
+        self.ports.iter().flat_map(|p| &p.rx).chain([&self.originated, &self.removed])
+    }
+}
+
+/// Counters of a port.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PortStats {
+    /// The port.
+    pub port: String,
+    /// Its bridge.
+    pub bridge: String,
+    /// What came in, by receive queue.
+    pub rx: Vec<RxStats>,
+    /// What went out, all PMD threads together.
+    pub tx: TxStats,
+    /// Addresses learned behind it.
+    #[serde(default)]
+    pub fdb_entries: u32,
+}
+
+/// What came in through one receive queue.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RxStats {
+    /// The queue.
+    pub queue: u32,
+    /// PMD thread that serves it.
+    pub pmd: Option<usize>,
+    /// Frames received.
+    pub frames: u64,
+    /// Bytes received.
+    pub bytes: u64,
+    /// Frames that reached at least one output.
+    pub forwarded: u64,
+    /// Frames dropped, by reason; reasons that never occurred are left out.
+    pub dropped: BTreeMap<String, u64>,
+}
+
+impl RxStats {
+    /// Frames dropped for whatever reason.
+    pub fn dropped_total(&self) -> u64 {
+        self.dropped.values().sum()
+    }
+    /// `received - forwarded - dropped`: 0 unless a burst is under way.
+    pub fn imbalance(&self) -> i128 {
+        i128::from(self.frames) - i128::from(self.forwarded) - i128::from(self.dropped_total())
+    }
+}
+
+/// What went out of a port.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TxStats {
+    /// Frames the port took.
+    pub frames: u64,
+    /// Bytes the port took.
+    pub bytes: u64,
+    /// Copies it refused, by reason; reasons that never occurred are left out.
+    pub refused: BTreeMap<String, u64>,
+}
+
+/// Counters of a PMD thread.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PmdStats {
+    /// Its position.
+    pub pmd: usize,
+    /// CPU core it is pinned to.
+    pub core: Option<u32>,
+    /// Cycles spent on rounds that moved frames.
+    pub busy_cycles: u64,
+    /// Cycles spent on rounds that found nothing.
+    pub idle_cycles: u64,
+    /// Rounds.
+    pub iterations: u64,
+    /// How often it went to sleep.
+    pub sleeps: u64,
+    /// Time slept, nanoseconds.
+    pub sleep_ns: u64,
+    /// Frames received.
+    pub frames: u64,
+    /// Bursts that held at least one frame.
+    pub bursts: u64,
+    /// Queues it serves, as `port/queue`.
+    pub queues: Vec<String>,
+}

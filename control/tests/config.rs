@@ -1,0 +1,266 @@
+//! Configuration files: what is accepted, and that every message names the place and the fix.
+use std::collections::BTreeSet;
+
+use ferry_control::config::{self, PortKind, VlanKind, schema};
+
+const EXAMPLE: &str = include_str!("../../etc/ferry.toml.example");
+
+fn errors(text: &str) -> String {
+    config::parse("ferry.toml", text).expect_err("the file is wrong").to_string()
+}
+
+/// The example with its commented-out keys in effect.
+fn uncommented() -> String {
+    let enable = |line: &str| match line.strip_prefix('#') {
+        Some(rest) if rest.starts_with(|c: char| c.is_ascii_lowercase()) => rest.to_owned(),
+        _ => line.to_owned(),
+    };
+    EXAMPLE.lines().map(enable).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn example_is_accepted() {
+    let c = config::parse("example", EXAMPLE).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(c.port.len(), 2);
+    assert_eq!(c.port[1].vlan.mode, VlanKind::NativeUntagged);
+    assert_eq!(c.port[1].vlan.trunk_vids().len(), 101);
+    config::parse("example", &uncommented()).unwrap_or_else(|e| panic!("{e}"));
+}
+
+#[test]
+fn example_names_every_key_of_the_schema() {
+    let table: toml::Table = uncommented().parse().unwrap();
+    let mut found = BTreeSet::new();
+    fn walk(v: &toml::Value, at: &str, found: &mut BTreeSet<String>) {
+        match v {
+            toml::Value::Table(t) => {
+                for (k, v) in t {
+                    let path = if at.is_empty() { k.clone() } else { format!("{at}.{k}") };
+                    found.insert(path.clone());
+                    walk(v, &path, found);
+                }
+            }
+            toml::Value::Array(items) => items.iter().for_each(|v| walk(v, at, found)),
+            _ => {}
+        }
+    }
+    walk(&toml::Value::Table(table), "", &mut found);
+    let known: BTreeSet<String> = schema::all_keys().into_iter().map(|(path, ..)| path).collect();
+    assert_eq!(found, known, "left: the example, right: the schema");
+}
+
+/// The documented defaults are the ones in effect: shown defaults written out change nothing.
+#[test]
+fn example_shows_the_true_defaults() {
+    let minimal = r#"
+        [[bridge]]
+        name = "b"
+        [[port]]
+        name = "v"
+        type = "vhost-user"
+        bridge = "b"
+        socket = "/run/v.sock"
+        [[port]]
+        name = "d"
+        type = "dpdk"
+        bridge = "b"
+        device = "net_null0"
+    "#;
+    let bare = config::parse("t", minimal).unwrap();
+    let mut tree = config::to_tree(&bare);
+    for (path, key, variant) in schema::all_keys() {
+        if key.default.is_empty() {
+            continue;
+        }
+        let value: toml::Table = format!("x = {}", key.default).parse().unwrap();
+        let value = serde_json::to_value(&value["x"]).unwrap();
+        let (parents, name) = path.rsplit_once('.').unwrap();
+        let mut at = &mut tree;
+        for part in parents.split('.') {
+            at = &mut at[part];
+            if at.is_array() {
+                at = &mut at[if variant == Some("dpdk") { 1 } else { 0 }];
+            }
+        }
+        at[name] = value;
+    }
+    assert_eq!(config::from_tree(tree).unwrap(), bare);
+}
+
+#[test]
+fn reference_is_up_to_date() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/CONFIG.md");
+    let generated = schema::reference_markdown();
+    if std::env::var_os("FERRY_BLESS").is_some() {
+        std::fs::write(path, &generated).unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(path).unwrap(), generated, "run this test with FERRY_BLESS=1");
+}
+
+#[test]
+fn effective_toml_reads_back_the_same() {
+    let c = config::parse("example", &uncommented()).unwrap();
+    let text = c.to_toml();
+    assert_eq!(config::parse("effective", &text).unwrap_or_else(|e| panic!("{e}\n{text}")), c);
+}
+
+#[test]
+fn unknown_key_names_place_and_likely_key() {
+    let text = "[switch]\nidle_latency_ms = 5\n";
+    assert_eq!(
+        errors(text),
+        "ferry.toml:2:1: error: switch.idle_latency_ms: unknown key `idle_latency_ms`\n    \
+         2 | idle_latency_ms = 5\n      | ^^^^^^^^^^^^^^^\n  fix: did you mean `idle_latency_us`?"
+    );
+}
+
+#[test]
+fn wrong_value_names_place_within_an_inline_table() {
+    let text = "[[bridge]]\nname = \"br0\"\n[[port]]\nname = \"a\"\ntype = \"vhost-user\"\nbridge = \"br0\"\n\
+                socket = \"/run/a.sock\"\nvlan = { mode = \"access\", tag = 5000 }\n";
+    assert_eq!(
+        errors(text),
+        "ferry.toml:8:33: error: port[0].vlan.tag: must be 1 to 4094, is 5000\n    \
+         8 | vlan = { mode = \"access\", tag = 5000 }\n      |                                 ^^^^\n  \
+         fix: give a number from 1 to 4094"
+    );
+}
+
+#[test]
+fn several_problems_come_in_the_order_of_the_file() {
+    let text = "[log]\nlevel = 3\nformat = \"jsn\"\n[bridge]\nname = \"x\"\n";
+    let all = errors(text);
+    let lines: Vec<&str> = all.lines().filter(|l| l.starts_with("ferry.toml:")).collect();
+    assert_eq!(
+        lines,
+        [
+            "ferry.toml:2:9: error: log.level: must be a string, is 3",
+            "ferry.toml:3:10: error: log.format: must be one of \"text\", \"json\", is \"jsn\"",
+            "ferry.toml:4:1: error: bridge: must be an array of tables, is a table",
+        ]
+    );
+    assert!(all.contains("fix: did you mean \"json\"?"));
+    assert!(all.contains("fix: write [[bridge]], with double brackets"));
+}
+
+#[test]
+fn syntax_error_names_the_place() {
+    let e = errors("[log]\nlevel = \"info\nformat = 1\n");
+    assert!(e.starts_with("ferry.toml:2:"), "{e}");
+    assert!(e.contains("level = \"info"), "{e}");
+}
+
+fn with_port(port: &str) -> String {
+    format!("[[bridge]]\nname = \"br0\"\n[[port]]\nname = \"a\"\nbridge = \"br0\"\n{port}\n")
+}
+
+/// Each wrong piece: where it is reported, a part of the message, a part of the fix.
+#[test]
+fn catalogue_of_errors() {
+    let vhost = |more: &str| with_port(&format!("type = \"vhost-user\"\nsocket = \"/run/a.sock\"\n{more}"));
+    let dpdk = |more: &str| with_port(&format!("type = \"dpdk\"\ndevice = \"net_null0\"\n{more}"));
+    let cases: Vec<(String, &str, &str, &str)> = vec![
+        (vhost("bogus = 1"), "8:1", "unknown key `bogus`", "known here: name, type"),
+        (vhost("device = \"x\""), "8:1", "a key of ports of type \"dpdk\"", "change `type`"),
+        (with_port("socket = \"/run/a.sock\""), "3:1", "the key `type` is missing", "add it"),
+        (with_port("type = \"vhost-user\""), "3:1", "the key `socket` is missing", "add it"),
+        (with_port("type = \"vhost\""), "6:8", "must be one of", "did you mean \"vhost-user\"?"),
+        (with_port("type = \"vhost-user\"\nsocket = \"a.sock\""), "7:10", "not an absolute path", "start it with '/'"),
+        (vhost("socket_mode = \"999\""), "8:15", "not an octal mode", "\"0660\""),
+        (vhost("queue_pairs = 9"), "8:15", "must be 1 to 8, is 9", "from 1 to 8"),
+        (vhost("admin_up = \"yes\""), "8:12", "must be true or false", "without quotes"),
+        (vhost("rxq_affinity = [0, 1]"), "8:20", "there is no PMD thread 1", "numbered 0 to 0"),
+        (vhost("vlan = { mode = \"trunk\", tag = 3 }"), "8:32", "no VLAN for untagged", "native-tagged"),
+        (vhost("vlan = { mode = \"native-tagged\" }"), "8:1", "native VLAN is missing", "add `tag`"),
+        (vhost("vlan = { mode = \"access\" }"), "8:1", "access VLAN is missing", "add `tag`"),
+        (
+            vhost("vlan = { mode = \"access\", tag = 2, trunks = [3] }"),
+            "8:45",
+            "carries one VLAN only",
+            "mode \"trunk\"",
+        ),
+        (vhost("vlan = { mode = \"trunk\", trunks = [3, \"9-4\"] }"), "8:39", "\"9-4\" is not a VLAN", "100-199"),
+        (vhost("vlan = { mode = \"native-tagged\", tag = 2, trunks = [0] }"), "8:53", "VLAN 0 stands for", "remove it"),
+        (vhost("features = { csum = false }"), "8:1", "needs checksum offload", "features.tso = false"),
+        (dpdk("rx_descriptors = 1000"), "8:18", "power of two", "use 1024"),
+        (dpdk("mbufs = 512"), "8:9", "do not fill", "at least 1024, or 0"),
+        (dpdk("mtu = 9001"), "8:7", "must be 68 to 9000", "9000"),
+        ("[metrics]\nlisten = \"0.0.0.0:9477\"".into(), "2:10", "reached from other hosts", "allow_remote = true"),
+        ("[metrics]\nlisten = \"localhost\"".into(), "2:10", "not an address with port", "127.0.0.1:9477"),
+        ("[log]\nlevel = \"inof\"".into(), "2:9", "not a level", "did you mean \"info\"?"),
+        ("[dpdk]\nextra_args = [\"--vdev=net_tap0\"]".into(), "2:15", "sets --vdev itself", "type \"dpdk\""),
+        ("[[switch.pmd]]\ncore = 1\n[[switch.pmd]]\ncore = 1".into(), "4:8", "core 1 is used by two", "of its own"),
+        ("[[bridge]]\nname = \"x y\"".into(), "2:8", "not a valid name", "letters, digits"),
+        ("[[bridge]]\nname = \"b\"\n[[bridge]]\nname = \"b\"".into(), "4:8", "(first at f:2:8)", "its own name"),
+        ("[log]\nlevel = 1979-05-27".into(), "2:9", "a date or time", "quote it"),
+        ("port = 5".into(), "1:8", "must be an array of tables", "[[port]]"),
+        (
+            vhost("[[port]]\nname = \"b\"\ntype = \"vhost-user\"\nbridge = \"br1\"\nsocket = \"/run/a.sock\""),
+            "11:10",
+            "bridge \"br1\", which does not exist",
+            "did you mean \"br0\"?",
+        ),
+    ];
+    for (text, place, message, fix) in cases {
+        let e = config::parse("f", &text).expect_err(&text).to_string();
+        let hit = e.split("\nf:").any(|one| {
+            let one = one.strip_prefix("f:").unwrap_or(one);
+            one.starts_with(&format!("{place}: error: ")) && one.contains(message) && one.contains(fix)
+        });
+        assert!(hit, "expected {place}: {message} / {fix} for\n{text}\ngot\n{e}");
+    }
+}
+
+#[test]
+fn two_ports_cannot_share_a_socket_or_take_the_apis() {
+    let two = "[[bridge]]\nname = \"b\"\n[[port]]\nname = \"x\"\ntype = \"vhost-user\"\nbridge = \"b\"\nsocket = \"/run/x\"\n\
+               [[port]]\nname = \"y\"\ntype = \"vhost-user\"\nbridge = \"b\"\nsocket = \"/run/x\"\n";
+    assert!(errors(two).contains(
+        "ferry.toml:12:10: error: port[1].socket: the socket /run/x is used twice (first at ferry.toml:7:10)"
+    ));
+    let api = "[api]\nsocket = \"/run/x\"\n".to_owned() + &two.replacen("/run/x", "/run/z", 1);
+    assert!(errors(&api).contains("(first at ferry.toml:2:10)"));
+}
+
+#[test]
+fn limits_on_counts_and_sizes() {
+    let many: String = (0..257).map(|i| format!("[[bridge]]\nname = \"b{i}\"\n")).collect();
+    assert!(errors(&many).contains("has 257 entries, at most 256"));
+    let long = format!("[[bridge]]\nname = \"{}\"\n", "n".repeat(65));
+    assert!(errors(&long).contains("not a valid name"));
+    let path = format!("type = \"vhost-user\"\nsocket = \"/{}\"", "p".repeat(107));
+    assert!(errors(&with_port(&path)).contains("a Unix socket's has at most 107"));
+    let ok = format!("type = \"vhost-user\"\nsocket = \"/{}\"", "p".repeat(106));
+    assert!(config::parse("f", &with_port(&ok)).is_ok());
+}
+
+#[test]
+fn columns_count_characters() {
+    let e = errors("log = { level = \"ü\", nope = 1 }\n");
+    assert!(e.starts_with("ferry.toml:1:22: error: log.nope"), "{e}");
+}
+
+#[test]
+fn missing_file_is_named() {
+    let e = config::load(std::path::Path::new("/nonexistent/ferry.toml")).unwrap_err().to_string();
+    assert!(e.contains("/nonexistent/ferry.toml: No such file"), "{e}");
+}
+
+#[test]
+fn defaults_of_an_empty_file() {
+    let c = config::parse("f", "").unwrap();
+    assert_eq!(c.pmds().len(), 1);
+    assert_eq!(c.pmds()[0].core, None);
+    assert_eq!(c.api.socket.to_str(), Some("/run/ferry/ferry.sock"));
+    assert!(!c.metrics.enabled);
+}
+
+#[test]
+fn vhost_port_defaults() {
+    let c = config::parse("f", &with_port("type = \"vhost-user\"\nsocket = \"/run/a\"")).unwrap();
+    assert_eq!(c.port[0].vlan.mode, VlanKind::Trunk);
+    assert!(c.port[0].admin_up);
+    let PortKind::VhostUser(v) = &c.port[0].kind else { panic!() };
+    assert_eq!(v.queue_pairs, 1);
+    assert!(v.features.packed && v.features.tso);
+}

@@ -1,0 +1,62 @@
+//! What a PMD thread needs to know to forward: an immutable picture of ports and bridges, replaced as a whole
+//! by the control side (see [`crate::qsbr`]).
+pub mod fdb;
+pub mod vlan;
+
+use std::sync::Arc;
+
+use crate::counters::TxLedger;
+use crate::qsbr::MAX_THREADS;
+use fdb::{Fdb, PortId};
+use vlan::VlanPolicy;
+
+/// Identifies a bridge within a switch.
+pub type BridgeId = u16;
+/// Most bridges of one switch.
+pub const MAX_BRIDGES: usize = 256;
+
+/// One isolated broadcast domain (per VLAN).
+pub struct BridgeEntry {
+    /// Its number.
+    pub id: BridgeId,
+    /// Who is where.
+    pub fdb: Arc<Fdb>,
+    /// Its ports, in the order of their numbers.
+    pub members: Vec<PortId>,
+}
+
+/// One port as the packet path sees it.
+pub struct PortEntry<T> {
+    /// Its number.
+    pub id: PortId,
+    /// The bridge it belongs to.
+    pub bridge: Option<Arc<BridgeEntry>>,
+    /// Its part in VLANs.
+    pub vlan: Arc<VlanPolicy>,
+    /// Administratively up.
+    pub admin_up: bool,
+    /// Addresses it may occupy in the FDB.
+    pub fdb_limit: u32,
+    /// Longest frame sent to it, bytes; 0: no limit but the port's own.
+    pub max_frame_bytes: u32,
+    /// Its transmit side.
+    pub tx: T,
+    /// One transmit ledger per PMD thread.
+    pub tx_ledgers: Arc<[TxLedger; MAX_THREADS]>,
+}
+
+/// The whole picture.
+pub struct Forwarding<T> {
+    /// Ports by number.
+    pub ports: Vec<Option<Arc<PortEntry<T>>>>,
+    /// Bridges by number.
+    pub bridges: Vec<Option<Arc<BridgeEntry>>>,
+}
+
+impl<T> Forwarding<T> {
+    /// The port with this number.
+    #[inline]
+    pub fn port(&self, id: PortId) -> Option<&PortEntry<T>> {
+        self.ports.get(usize::from(id))?.as_deref()
+    }
+}

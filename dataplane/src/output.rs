@@ -1,0 +1,394 @@
+//! The way out: sends the batches that routing made, finishing whatever work a frame still owes and its output does
+//! not take over (VLAN tags, checksums, segmentation), and settles the burst's ledger.
+use arrayvec::ArrayVec;
+
+use crate::bridge::fdb::PortId;
+use crate::bridge::{Forwarding, PortEntry};
+use crate::counters::{DropReason, RxLedger, TxLedger};
+use crate::frame::{BURST, Gso, MAX_FRAME_BYTES, Offload, RxBurst, TxFrame};
+use crate::offload::{REWRITE_BYTES, Segment, SegmentChecksum, Segmenter, VlanAction, finish_checksum, rewrite_l2};
+use crate::packet;
+use crate::port::{TxCapabilities, TxPort, TxReport};
+use crate::qsbr::Guard;
+
+/// A private header under construction.
+#[repr(C, align(64))]
+#[derive(Clone)]
+struct Head([u8; REWRITE_BYTES]);
+
+/// Frames of the current burst that go to one output, in order.
+pub struct Batch {
+    len: u8,
+    items: [(u8, VlanAction); BURST],
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self { len: 0, items: [(0, VlanAction::Keep); BURST] }
+    }
+}
+
+impl Batch {
+    /// True when nothing was added.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+    /// Adds frame `i` of the burst; each frame goes at most once to an output, so there is always room.
+    #[inline]
+    pub fn push(&mut self, i: usize, action: VlanAction) {
+        if let Some(slot) = self.items.get_mut(usize::from(self.len)) {
+            *slot = (i as u8, action);
+            self.len += 1;
+        }
+    }
+    #[inline]
+    fn items(&self) -> &[(u8, VlanAction)] {
+        self.items.get(..usize::from(self.len)).unwrap_or_default()
+    }
+}
+
+/// How one frame of a batch is to be sent.
+#[derive(Clone, Copy)]
+enum Plan {
+    /// The snapshot as it is, then the body.
+    AsIs,
+    /// The rewritten header of this many bytes, replacing this many bytes of the source.
+    Rewritten { head_len: u16, replaced: u16, offload: Offload },
+    /// As [`Plan::Rewritten`], to be segmented first.
+    Segment { head_len: u16, replaced: u16, offload: Offload },
+    /// Not at all.
+    Refuse(DropReason),
+}
+
+/// Per-thread scratch and the verdicts of the burst under way.
+pub struct Sender {
+    /// Bit i: frame i reached at least one output.
+    delivered: u64,
+    /// Why frame i did not, if it did not.
+    reasons: [DropReason; BURST],
+    heads: Box<[Head]>,
+    segment_heads: Box<[Head]>,
+    report: TxReport,
+}
+
+impl Default for Sender {
+    fn default() -> Self {
+        let heads = || vec![Head([0; REWRITE_BYTES]); BURST].into_boxed_slice();
+        Self {
+            delivered: 0,
+            reasons: [DropReason::NoDestination; BURST],
+            heads: heads(),
+            segment_heads: heads(),
+            report: TxReport::default(),
+        }
+    }
+}
+
+impl Sender {
+    /// Starts a burst: no frame is decided.
+    #[inline]
+    pub(crate) fn begin(&mut self, _frames: usize) {
+        self.delivered = 0;
+    }
+
+    /// Frame `i` is dropped for `reason`, unless another copy arrives.
+    #[inline]
+    pub(crate) fn fail(&mut self, i: usize, reason: DropReason) {
+        if let Some(slot) = self.reasons.get_mut(i) {
+            *slot = reason;
+        }
+    }
+
+    /// No frame of the burst goes anywhere.
+    pub(crate) fn fail_all(&mut self, reason: DropReason) {
+        self.reasons = [reason; BURST];
+    }
+
+    /// Sends all batches and empties them.
+    #[inline]
+    pub(crate) fn send_all<T: TxPort>(
+        &mut self,
+        guard: &Guard,
+        burst: &RxBurst,
+        forwarding: &Forwarding<T>,
+        batches: &mut [Batch],
+        active: &mut Vec<PortId>,
+    ) {
+        for &output in active.iter() {
+            let Some(batch) = batches.get_mut(usize::from(output)) else { continue };
+            if let Some(port) = forwarding.port(output) {
+                self.send_batch(guard, burst, port, batch.items());
+            }
+            batch.len = 0;
+        }
+        active.clear();
+    }
+
+    /// Counts the burst: every frame under exactly one heading.
+    #[inline]
+    pub(crate) fn settle(&mut self, burst: &RxBurst, ledger: &RxLedger) {
+        let n = burst.len();
+        let mask = if n >= 64 { u64::MAX } else { (1u64 << n) - 1 };
+        let mut bytes = 0u64;
+        for i in 0..n {
+            bytes += burst.meta(i).map_or(0, |m| u64::from(m.len));
+        }
+        let delivered = self.delivered & mask;
+        let mut frames = n as u64;
+        ledger.forwarded.add(u64::from(delivered.count_ones()));
+        let mut lost = mask & !delivered;
+        while lost != 0 {
+            let i = lost.trailing_zeros() as usize;
+            lost &= lost - 1;
+            let reason = self.reasons.get(i).copied().unwrap_or(DropReason::NoDestination);
+            ledger.drop_frames(reason, 1);
+        }
+        if let Some(rejected) = burst.rejected() {
+            for (reason, &count) in DropReason::ALL.iter().zip(rejected) {
+                if count > 0 {
+                    ledger.drop_frames(*reason, u64::from(count));
+                    frames += u64::from(count);
+                }
+            }
+        }
+        ledger.frames.add(frames);
+        ledger.bytes.add(bytes);
+        self.delivered = 0;
+    }
+
+    fn send_batch<T: TxPort>(
+        &mut self,
+        guard: &Guard,
+        burst: &RxBurst,
+        port: &PortEntry<T>,
+        items: &[(u8, VlanAction)],
+    ) {
+        let Some(ledger) = port.tx_ledgers.get(guard.index()) else { return };
+        if !port.admin_up {
+            for &(i, _) in items {
+                self.refuse(usize::from(i), DropReason::TxAdminDown, ledger);
+            }
+            return;
+        }
+        let mut caps = port.tx.capabilities(guard);
+        caps.max_frame_bytes = match (caps.max_frame_bytes, port.max_frame_bytes) {
+            (0, limit) | (limit, 0) => limit,
+            (a, b) => a.min(b),
+        };
+        let mut plans = ArrayVec::<Plan, BURST>::new();
+        for (slot, &(i, action)) in items.iter().enumerate() {
+            plans.push(self.plan(burst, slot, usize::from(i), action, &caps));
+        }
+        // Runs of ordinary frames go out in one piece; a frame to be segmented goes between them, so that order is kept.
+        let mut from = 0;
+        for (slot, plan) in plans.iter().enumerate() {
+            if let Plan::Segment { head_len, replaced, offload } = *plan {
+                self.send_run(guard, burst, port, ledger, items, &plans, from..slot, &caps);
+                from = slot + 1;
+                let i = items.get(slot).map_or(0, |&(i, _)| usize::from(i));
+                self.send_segments(guard, burst, port, ledger, slot, i, head_len, replaced, offload, &caps);
+            }
+        }
+        self.send_run(guard, burst, port, ledger, items, &plans, from..plans.len(), &caps);
+        port.tx.flush(guard, guard.index());
+    }
+
+    /// What has to be done to frame `i` (place `slot` in the batch) before this output can take it.
+    #[inline]
+    fn plan(&mut self, burst: &RxBurst, slot: usize, i: usize, action: VlanAction, caps: &TxCapabilities) -> Plan {
+        let Some(meta) = burst.meta(i) else { return Plan::Refuse(DropReason::RxBadHeader) };
+        let owed = meta.offload;
+        let plain = owed.gso == Gso::None;
+        if plain && (action == VlanAction::Keep) && (!owed.needs_csum || caps.csum) {
+            return if too_long(meta.len, caps) { Plan::Refuse(DropReason::TxTooLong) } else { Plan::AsIs };
+        }
+        let snapshot = burst.snapshot(i);
+        let Some(Head(head)) = self.heads.get_mut(slot) else { return Plan::Refuse(DropReason::OffloadFailed) };
+        let mut offload = owed;
+        let rewritten = packet::parse_l2(snapshot, meta.len)
+            .ok()
+            .and_then(|l2| rewrite_l2(snapshot, &l2, head, action, &mut offload));
+        let Some(head_len) = rewritten else { return Plan::Refuse(DropReason::RxBadHeader) };
+        let replaced = snapshot.len() as u16;
+        let len = meta.len - u32::from(replaced) + head_len as u32;
+        let head_len = head_len as u16;
+        if plain {
+            if too_long(len, caps) {
+                return Plan::Refuse(DropReason::TxTooLong);
+            }
+            if offload.needs_csum && !caps.csum {
+                let body = burst.body(i, u32::from(replaced));
+                let Some(head) = head.get_mut(..usize::from(head_len)) else {
+                    return Plan::Refuse(DropReason::OffloadFailed);
+                };
+                if !finish_checksum(head, body, &mut offload) {
+                    return Plan::Refuse(DropReason::OffloadFailed);
+                }
+            }
+            return Plan::Rewritten { head_len, replaced, offload };
+        }
+        // The size on the wire after segmentation decides whether the output can carry it.
+        let segment = u32::from(offload.hdr_len) + u32::from(offload.gso_size);
+        if too_long(segment.min(len), caps) {
+            return Plan::Refuse(DropReason::TxTooLong);
+        }
+        let device_segments = caps.csum
+            && match offload.gso {
+                Gso::TcpV4 => caps.tso4,
+                Gso::TcpV6 => caps.tso6,
+                Gso::None => true,
+            }
+            && (!offload.ecn || caps.ecn);
+        if device_segments {
+            Plan::Rewritten { head_len, replaced, offload }
+        } else {
+            Plan::Segment { head_len, replaced, offload }
+        }
+    }
+
+    /// Sends the frames `range` of the batch, none of which is to be segmented.
+    #[expect(clippy::too_many_arguments, reason = "splits send_batch in two for the reader; inlined")]
+    #[inline]
+    fn send_run<T: TxPort>(
+        &mut self,
+        guard: &Guard,
+        burst: &RxBurst,
+        port: &PortEntry<T>,
+        ledger: &TxLedger,
+        items: &[(u8, VlanAction)],
+        plans: &[Plan],
+        range: core::ops::Range<usize>,
+        caps: &TxCapabilities,
+    ) {
+        let mut frames = ArrayVec::<TxFrame<'_>, BURST>::new();
+        let mut numbers = ArrayVec::<u8, BURST>::new();
+        for slot in range {
+            let (Some(plan), Some(&(i, _))) = (plans.get(slot), items.get(slot)) else { continue };
+            let snapshot = burst.snapshot(usize::from(i));
+            let flow_hash = if caps.multiqueue { packet::flow_hash(snapshot) } else { 0 };
+            let (head, skip, offload) = match *plan {
+                Plan::AsIs => {
+                    let offload = burst.meta(usize::from(i)).map(|m| m.offload).unwrap_or_default();
+                    (snapshot, snapshot.len() as u32, offload)
+                }
+                Plan::Rewritten { head_len, replaced, offload } => {
+                    let head = self.heads.get(slot).and_then(|h| h.0.get(..usize::from(head_len))).unwrap_or_default();
+                    (head, u32::from(replaced), offload)
+                }
+                Plan::Refuse(reason) => {
+                    refuse(&mut self.reasons, usize::from(i), reason, ledger);
+                    continue;
+                }
+                Plan::Segment { .. } => continue,
+            };
+            frames.push(TxFrame { head, body: burst.body(usize::from(i), skip), offload, flow_hash });
+            numbers.push(i);
+        }
+        if frames.is_empty() {
+            return;
+        }
+        self.report.reset(DropReason::TxNotReady);
+        port.tx.send(guard, guard.index(), &frames, &mut self.report);
+        let (mut sent, mut bytes) = (0u64, 0u64);
+        for (k, (&i, frame)) in numbers.iter().zip(&frames).enumerate() {
+            if self.report.accepted >> k & 1 == 1 {
+                self.delivered |= 1 << i;
+                sent += 1;
+                bytes += u64::from(frame.len());
+            } else {
+                let reason = self.report.reason.get(k).copied().unwrap_or(DropReason::TxNotReady);
+                refuse(&mut self.reasons, usize::from(i), reason, ledger);
+            }
+        }
+        ledger.frames.add(sent);
+        ledger.bytes.add(bytes);
+    }
+
+    /// Segments frame `i` in software and sends the pieces. It counts as forwarded when any of them was taken.
+    #[expect(clippy::too_many_arguments, reason = "facts of one frame")]
+    #[cold]
+    fn send_segments<T: TxPort>(
+        &mut self,
+        guard: &Guard,
+        burst: &RxBurst,
+        port: &PortEntry<T>,
+        ledger: &TxLedger,
+        slot: usize,
+        i: usize,
+        head_len: u16,
+        replaced: u16,
+        offload: Offload,
+        caps: &TxCapabilities,
+    ) {
+        let head = self.heads.get(slot).and_then(|h| h.0.get(..usize::from(head_len))).unwrap_or_default();
+        let body = burst.body(i, u32::from(replaced));
+        let flow_hash = if caps.multiqueue { packet::flow_hash(head) } else { 0 };
+        let checksum = if caps.csum { SegmentChecksum::Partial } else { SegmentChecksum::Finish };
+        let frame_len = (head.len() as u32).saturating_add(body.len());
+        let segmenter = packet::parse(head, frame_len)
+            .ok()
+            .and_then(|headers| Segmenter::new(head, &headers, body, &offload, checksum).ok());
+        let Some(mut segmenter) = segmenter else {
+            refuse(&mut self.reasons, i, DropReason::OffloadFailed, ledger);
+            return;
+        };
+        let mut done = false;
+        while !done {
+            let mut pieces = ArrayVec::<Segment<'_>, BURST>::new();
+            for Head(out) in self.segment_heads.iter_mut() {
+                match segmenter.next_segment(out) {
+                    Some(piece) => pieces.push(piece),
+                    None => {
+                        done = true;
+                        break;
+                    }
+                }
+            }
+            let frames: ArrayVec<TxFrame<'_>, BURST> = pieces
+                .iter()
+                .zip(self.segment_heads.iter())
+                .map(|(piece, out)| TxFrame {
+                    head: out.0.get(..piece.head_len).unwrap_or_default(),
+                    body: piece.body,
+                    offload: piece.offload,
+                    flow_hash,
+                })
+                .collect();
+            if frames.is_empty() {
+                break;
+            }
+            self.report.reset(DropReason::TxNotReady);
+            port.tx.send(guard, guard.index(), &frames, &mut self.report);
+            for (k, frame) in frames.iter().enumerate() {
+                if self.report.accepted >> k & 1 == 1 {
+                    self.delivered |= 1 << i;
+                    ledger.frames.add(1);
+                    ledger.bytes.add(u64::from(frame.len()));
+                } else {
+                    let reason = self.report.reason.get(k).copied().unwrap_or(DropReason::TxNotReady);
+                    refuse(&mut self.reasons, i, reason, ledger);
+                }
+            }
+        }
+    }
+
+    fn refuse(&mut self, i: usize, reason: DropReason, ledger: &TxLedger) {
+        refuse(&mut self.reasons, i, reason, ledger);
+    }
+}
+
+#[inline]
+fn refuse(reasons: &mut [DropReason; BURST], i: usize, reason: DropReason, ledger: &TxLedger) {
+    if let Some(slot) = reasons.get_mut(i) {
+        *slot = reason;
+    }
+    if let Some(c) = ledger.refused.get(reason as usize) {
+        c.add(1);
+    }
+}
+
+#[inline]
+fn too_long(len: u32, caps: &TxCapabilities) -> bool {
+    len > MAX_FRAME_BYTES || (caps.max_frame_bytes != 0 && len > caps.max_frame_bytes)
+}
