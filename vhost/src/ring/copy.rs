@@ -104,7 +104,6 @@ mod x86 {
     /// # Safety
     /// As `copy`, with AVX-512F and `len >= 128`.
     #[target_feature(enable = "avx512f")]
-    #[allow(clippy::incompatible_msrv, reason = "stable since 1.89; the workspace builds with its pinned toolchain")]
     pub(super) unsafe fn avx512(dst: *mut u8, src: *const u8, len: usize) {
         let last = len - 128;
         let mut at = 0;
