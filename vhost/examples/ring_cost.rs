@@ -54,7 +54,8 @@ fn main() {
             switch.start(0, rx.config(&map, rx.fresh_base(), log.as_ref()));
             switch.start(1, tx.config(&map, tx.fresh_base(), log.as_ref()));
             // Without notifications, as a polling guest: a system call would hide the rest.
-            (rx.want_calls(false), tx.want_calls(false));
+            rx.want_calls(false);
+            tx.want_calls(false);
             let (rx_data, tx_data) = (0x20_0000, 0x30_0000);
             let (mut rx_slot, mut tx_slot) = (0, 0);
             let mut parts: [Vec<u64>; 4] = Default::default();

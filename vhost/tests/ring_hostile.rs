@@ -205,6 +205,36 @@ fn too_long_or_too_scattered() {
     }
 }
 
+/// Tables full of empty descriptors cost a guest nothing to post; they may not cost the other ports much either.
+#[test]
+fn contrived_chains_wait_for_their_turn() {
+    for features in KINDS {
+        let mem = GuestMem::new(BASE, 1, REGION);
+        let features = features | feature::INDIRECT_DESC;
+        let d = Driver::new(&mem, 1, 64, features, BASE);
+        let mut switch = Switch::new(1);
+        switch.start(1, d.config(&mem.memory_map(), d.fresh_base(), None));
+        let n = 1024u16;
+        for i in 0..n {
+            raw(&d, TABLE, i, 0, 0, if d.packed() || i + 1 == n { 0 } else { NEXT }, i + 1);
+        }
+        for i in 0..64 {
+            raw(&d, d.desc, i, TABLE, 16 * u32::from(n), INDIRECT, i);
+        }
+        offer(&d, &(0..64).collect::<Vec<_>>());
+        let mut bursts = 0;
+        let mut rejected = 0;
+        while rejected < 64 {
+            assert!(switch.receive().is_empty());
+            rejected += switch.burst.rejected().unwrap()[DropReason::RxBadDescriptor as usize];
+            switch.release();
+            bursts += 1;
+        }
+        assert_eq!(bursts, 8, "8192 descriptors a burst, give or take a chain");
+        assert_eq!(switch.queues.take_fault(), None);
+    }
+}
+
 #[test]
 fn malformed_indirect_tables() {
     for features in KINDS {

@@ -104,7 +104,7 @@ mod x86 {
     /// # Safety
     /// As `copy`, with AVX-512F and `len >= 128`.
     #[target_feature(enable = "avx512f")]
-    unsafe fn avx512(dst: *mut u8, src: *const u8, len: usize) {
+    pub(super) unsafe fn avx512(dst: *mut u8, src: *const u8, len: usize) {
         let last = len - 128;
         let mut at = 0;
         // SAFETY: at < last, and 128 bytes from `last` are inside the ranges.
@@ -128,7 +128,7 @@ mod x86 {
     /// # Safety
     /// As `copy`, with AVX2 and `len >= 64`.
     #[target_feature(enable = "avx2")]
-    unsafe fn avx2(dst: *mut u8, src: *const u8, len: usize) {
+    pub(super) unsafe fn avx2(dst: *mut u8, src: *const u8, len: usize) {
         let last = len - 64;
         let mut at = 0;
         // SAFETY: at < last and 64 bytes from `last` are inside the ranges.
@@ -151,6 +151,38 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::copy;
+
+    /// Whichever `long` would choose here, each variant the processor has is exact.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn wide_copies_agree() {
+        let src: Vec<u8> = (0..9100u32).map(|i| (i * 37 + i / 256) as u8).collect();
+        for len in (129..600).chain([1518, 4096, 9001]) {
+            let mut dst = vec![0xee_u8; len + 16];
+            let mut check = |variant: &str, f: unsafe fn(*mut u8, *const u8, usize)| {
+                dst.fill(0xee);
+                // SAFETY: both vectors hold the ranges, and the processor has the instructions.
+                unsafe { f(dst.as_mut_ptr().add(3), src.as_ptr().add(1), len) };
+                assert_eq!(&dst[3..3 + len], &src[1..1 + len], "{variant}, len {len}");
+                assert!(
+                    dst[..3].iter().chain(&dst[3 + len..]).all(|&b| b == 0xee),
+                    "{variant}, len {len} wrote outside"
+                );
+            };
+            if std::arch::is_x86_feature_detected!("avx2") {
+                check("avx2", |d, s, n| {
+                    // SAFETY: the caller's contract, and AVX2 is there.
+                    unsafe { super::x86::avx2(d, s, n) }
+                });
+            }
+            if std::arch::is_x86_feature_detected!("avx512f") {
+                check("avx512", |d, s, n| {
+                    // SAFETY: the caller's contract, and AVX-512F is there.
+                    unsafe { super::x86::avx512(d, s, n) }
+                });
+            }
+        }
+    }
 
     #[test]
     fn copies_exactly_every_length_and_offset() {

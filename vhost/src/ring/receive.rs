@@ -3,7 +3,7 @@
 use ferry_dataplane::counters::DropReason;
 use ferry_dataplane::frame::{BURST, MAX_FRAME_BYTES, Offload, RxBurst};
 
-use super::{Chain, Core, Fault, Format, MAX_FRAME_SEGMENTS, Sink, VringCounters};
+use super::{Chain, Core, Fault, Format, MAX_BURST_DESCRIPTORS, MAX_FRAME_SEGMENTS, Sink, VringCounters};
 use crate::net_header::{self, MAX_HEADER_BYTES, RawHeader};
 
 /// Shortest frame: an Ethernet header.
@@ -139,9 +139,14 @@ pub(super) fn receive<F: Format>(
     let mut at = queue.position();
     let mut fault = None;
     let mut bad = 0;
+    core.followed = 0;
     queue.prefetch::<FrameSink<'_>>(core, BURST as u16);
     for _ in 0..BURST {
-        if burst.is_full() || pending.is_full() || burst.segment_room() < MAX_FRAME_SEGMENTS {
+        if burst.is_full()
+            || pending.is_full()
+            || burst.segment_room() < MAX_FRAME_SEGMENTS
+            || core.followed > MAX_BURST_DESCRIPTORS
+        {
             break;
         }
         let mark = burst.segment_mark();

@@ -141,6 +141,7 @@ impl Split {
                 return Ok(Ok(()));
             }
             followed += 1;
+            core.followed += 1;
             if followed > u32::from(core.chain_limit) {
                 return Err((FaultKind::ChainTooLong, followed));
             }

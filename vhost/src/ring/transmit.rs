@@ -8,7 +8,7 @@ use ferry_dataplane::frame::{BURST, TxFrame};
 use ferry_dataplane::port::TxReport;
 
 use super::copy::copy;
-use super::{Chain, Core, Fault, Format, Sink, VringCounters};
+use super::{Chain, Core, Fault, Format, MAX_BURST_DESCRIPTORS, Sink, VringCounters};
 use crate::net_header::{self, RawHeader, feature};
 
 /// Most pieces of guest memory, and most chains, that one frame is spread over.
@@ -141,12 +141,17 @@ pub(super) fn send<F: Format>(
     queue.prefetch::<RoomSink<'_>>(core, frames.len().min(BURST) as u16);
     let mut used = 0u64;
     let mut fault = None;
+    core.followed = 0;
     for (i, frame) in frames.iter().enumerate().take(BURST) {
         if chosen >> i & 1 == 0 {
             continue;
         }
         if fault.is_some() {
             report.refuse(i, DropReason::TxNotReady);
+            continue;
+        }
+        if core.followed > MAX_BURST_DESCRIPTORS {
+            report.refuse(i, DropReason::TxQueueFull);
             continue;
         }
         match place(queue, core, scratch, frame, &mut used, counters) {

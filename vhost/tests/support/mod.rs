@@ -278,6 +278,7 @@ impl Driver {
             call: Some(self.call.try_clone().unwrap()),
             kick: Some(Arc::clone(&self.kick)),
             err: None,
+            base_mirror: None,
         }
     }
 
@@ -546,9 +547,16 @@ impl Switch {
 
     /// The session thread's calls happen while this PMD thread sleeps.
     pub fn start(&mut self, vring: usize, config: RingConfig) {
+        let call = config.call.as_ref().map(|c| c.try_clone().unwrap());
+        if let Some(call) = &call {
+            take_count(call);
+        }
         self.guard.offline();
         self.queues.start(vring, Ring::new(config).unwrap()).unwrap();
         self.guard.online();
+        if let Some(call) = &call {
+            assert_eq!(take_count(call), 1, "a ring that starts notifies once");
+        }
     }
 
     pub fn stop(&mut self, vring: usize) -> Box<Ring> {
