@@ -443,7 +443,7 @@ struct Area {
 impl Area {
     fn locate(&self, vring: u16, memory: &MemoryMap) -> Result<*mut u8, RingError> {
         let misaligned = RingError::Alignment { vring, area: self.name, addr: self.addr, align: self.align };
-        if self.addr % self.align != 0 {
+        if !self.addr.is_multiple_of(self.align) {
             return Err(misaligned);
         }
         let p = memory.translate_user(self.addr, self.len).ok_or(RingError::Unmapped {
@@ -453,7 +453,7 @@ impl Area {
             len: self.len,
         })?;
         // A region at an odd offset of its file could shift an aligned frontend address.
-        if p.as_ptr() as usize as u64 % self.align != 0 {
+        if !(p.as_ptr() as usize as u64).is_multiple_of(self.align) {
             return Err(misaligned);
         }
         Ok(p.as_ptr())
