@@ -16,4 +16,4 @@ test: deps ## All checks and tests; end-to-end tests need root
 	@scripts/test
 
 bench: deps ## Benchmarks
-	@cargo bench --workspace
+	@cargo bench -p ferry-perf

@@ -9,7 +9,7 @@ packages=(
     qemu-system-x86                                 # guests
     busybox-static cpio                             # their initramfs
     zstd xz-utils gzip dpkg                         # their kernel
-    iproute2 coreutils                              # namespaces
+    iproute2 ethtool coreutils                      # namespaces
 )
 
 as_root() {

@@ -189,10 +189,6 @@ impl<R> Mailbox<R> {
         }
         answer.recv().ok()
     }
-
-    pub(crate) fn waker(&self) -> Arc<dyn Wake> {
-        Arc::clone(&self.shared.waker)
-    }
 }
 
 impl<R> Inbox<R> {

@@ -42,7 +42,8 @@ pub trait RxQueue: Send {
     /// The PMD thread is awake: signals are not needed any more.
     fn disarm(&mut self, guard: &Guard);
 
-    /// Called when the queue is handed to a PMD thread: whom to wake when the queue starts to run.
+    /// Called when the queue is handed to a PMD thread: whom to wake when the queue starts to run. The thread is offline
+    /// meanwhile, so locks may be taken.
     fn set_waker(&mut self, waker: Arc<dyn Wake>);
 }
 

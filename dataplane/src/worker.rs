@@ -183,7 +183,10 @@ impl<K: Kinds> Worker<K> {
         for command in commands {
             match command {
                 Command::Add(mut queue) => {
+                    // The port may take a lock whose holder waits for a grace period: this thread must not hold it up.
+                    self.guard.offline();
                     queue.rx.set_waker(self.inbox.waker());
+                    self.guard.online();
                     self.queues.push(*queue);
                 }
                 Command::Remove { port, queue, reply } => {

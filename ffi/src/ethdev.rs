@@ -1,25 +1,21 @@
 //! Ethernet devices: from devargs or a PCI address to running queues, and back.
 //!
 //! [`EthDevice`] is shared by everything that uses the device (queues, the uplink's handles). The last one to go stops
-//! and closes it and frees its pool, on the control lane. Queues are tokens, each of which exists once: DPDK
-//! allows one thread at a time on a queue, and `&mut` says so.
-#![allow(unsafe_code)] // Its job: ethdev's control functions and queues.
-use std::cell::{Cell, RefCell};
+//! and closes it and frees its pool, on the control lane.
+#![allow(unsafe_code)] // Its job: ethdev's control functions.
+use std::cell::RefCell;
 use std::ffi::{CStr, CString};
-use std::marker::PhantomData;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 
-use ferry_dataplane::frame::BURST;
 use ferry_dpdk_sys as sys;
 use serde::Serialize;
 
 use crate::eal::{Eal, EalError, logged, strerror};
 use crate::log;
-use crate::mbuf::MbufBurst;
 use crate::mempool::{CACHE_FLUSH_MBUFS, DATA_ROOM_BYTES, MAX_DATA_ROOM_BYTES, Mempool};
 use crate::offload::DeviceOffloads;
+use crate::queue::{RxQueue, RxSignal, TxQueue};
 
 /// Ethernet header and up to two tags; what a frame has beyond the MTU, without FCS. Bytes.
 const FRAME_OVERHEAD_BYTES: u32 = 14 + 8;
@@ -158,17 +154,6 @@ pub struct DeviceStats {
     pub tx_bytes: u64,
     /// Frames that could not be sent (`oerrors`).
     pub tx_errors: u64,
-}
-
-/// How a receive queue signals work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RxSignal {
-    /// Not at all: poll.
-    None,
-    /// The descriptor is the data's own (net_tap): readable while frames wait.
-    Level(RawFd),
-    /// An eventfd that the device's interrupt signals once armed; to be drained.
-    Event(RawFd),
 }
 
 /// An open, running device.
@@ -544,7 +529,10 @@ fn set_up(
         tx_offloads,
         rss_hash_functions,
     };
-    if log::quietly(|| request.start(&info, pool, true)).is_err() {
+    // Not with virtual devices other than net_tap: their descriptors come and go with the peer (net_vhost), and net_virtio_user
+    // leaves its interrupt callback behind when it is closed, which EAL's interrupt thread then calls (seen as a crash).
+    let interrupts = driver == "net_tap" || probed.bus == "pci";
+    if !interrupts || log::quietly(|| request.start(&info, pool, true)).is_err() {
         request.start(&info, pool, false)?;
     }
 
@@ -566,7 +554,8 @@ fn set_up(
             warnings.push(format!("promiscuous mode was refused: {}", reason(ret)));
         }
     }
-    let signals: Vec<RxSignal> = (0..rx_queues).map(|q| log::quietly(|| rx_signal(port, q))).collect();
+    let signals: Vec<RxSignal> =
+        (0..rx_queues).map(|q| if interrupts { log::quietly(|| rx_signal(port, q)) } else { RxSignal::None }).collect();
     for signal in &signals {
         if let RxSignal::Level(fd) = signal {
             crate::signals::direct_to_sink(*fd);
@@ -745,24 +734,15 @@ impl EthDevice {
         let memory_mb = eal.config().memory_mb;
         let Opened { probed, facts, pool, signals } =
             eal.run(move || open_on_lane(&name, &devargs, &wanted, memory_mb))??;
-        let (port, tx_queues) = (facts.port_id, facts.tx_queues);
+        let tx_queues = facts.tx_queues;
         let device = Arc::new(Self {
             eal: eal.clone(),
             facts,
             mtu: AtomicU16::new(config.mtu),
             running: Some(Running { probed, pool }),
         });
-        let rx = (0..).zip(signals).map(|(queue, signal)| RxQueue {
-            device: Arc::clone(&device),
-            port,
-            queue,
-            signal,
-            armed: false,
-            not_sync: PhantomData,
-        });
-        let tx =
-            (0..tx_queues).map(|queue| TxQueue { device: Arc::clone(&device), port, queue, not_sync: PhantomData });
-        let (rx, tx) = (rx.collect(), tx.collect());
+        let rx = (0..).zip(signals).map(|(queue, signal)| RxQueue::new(Arc::clone(&device), queue, signal)).collect();
+        let tx = (0..tx_queues).map(|queue| TxQueue::new(Arc::clone(&device), queue)).collect();
         Ok(OpenDevice { device, rx, tx })
     }
 
@@ -979,136 +959,6 @@ impl Drop for EthDevice {
             retire(pool);
             sweep_orphans();
         });
-    }
-}
-
-/// A device's receive queue. One thread at a time.
-#[derive(Debug)]
-pub struct RxQueue {
-    device: Arc<EthDevice>,
-    port: u16,
-    queue: u16,
-    signal: RxSignal,
-    armed: bool,
-    not_sync: PhantomData<Cell<()>>,
-}
-
-impl RxQueue {
-    /// Queue number.
-    pub fn index(&self) -> u16 {
-        self.queue
-    }
-
-    /// How the queue signals work.
-    pub fn signal(&self) -> RxSignal {
-        self.signal
-    }
-
-    /// Receives at most `max` frames into `burst`. Returns where the new ones begin; `views` describes their first
-    /// segments from its own beginning on.
-    #[inline]
-    pub(crate) fn receive(
-        &mut self,
-        burst: &mut MbufBurst,
-        views: &mut [sys::ferry_segment; BURST],
-        max: usize,
-    ) -> usize {
-        let spare = burst.spare();
-        let n = max.min(spare.len()).min(BURST) as u16;
-        // SAFETY: this is the queue's only user (`&mut` on its only token); the port runs as long as `device` lives; both
-        // arrays have room for n. What arrives is owned by nobody else.
-        unsafe {
-            let got = sys::ferry_eth_rx_burst(self.port, self.queue, spare.as_mut_ptr(), views.as_mut_ptr(), n);
-            burst.grow(usize::from(got));
-            usize::from(got)
-        }
-    }
-
-    /// Frames that wait, where the driver can tell.
-    pub(crate) fn waiting(&self) -> Option<u32> {
-        // SAFETY: the port runs; a driver without the function returns an error.
-        u32::try_from(unsafe { sys::ferry_eth_rx_queue_count(self.port, self.queue) }).ok()
-    }
-
-    /// Arms the interrupt of an [`RxSignal::Event`] queue.
-    pub(crate) fn arm_interrupt(&mut self) -> bool {
-        // SAFETY: our port and queue.
-        self.armed = unsafe { sys::rte_eth_dev_rx_intr_enable(self.port, self.queue) } == 0;
-        self.armed
-    }
-
-    /// Disarms it and drains the eventfd. Does nothing unless armed.
-    pub(crate) fn disarm_interrupt(&mut self) {
-        if !self.armed {
-            return;
-        }
-        self.armed = false;
-        // SAFETY: our port and queue.
-        unsafe { sys::rte_eth_dev_rx_intr_disable(self.port, self.queue) };
-        if let RxSignal::Event(fd) = self.signal {
-            let mut count = 0u64;
-            // SAFETY: eight bytes into a u64. The descriptor is non-blocking (EAL creates it so) and lives with the device.
-            unsafe { libc::read(fd, (&raw mut count).cast(), size_of::<u64>()) };
-        }
-    }
-
-    /// The device.
-    pub fn device(&self) -> &Arc<EthDevice> {
-        &self.device
-    }
-}
-
-/// A device's transmit queue. One thread at a time.
-#[derive(Debug)]
-pub struct TxQueue {
-    device: Arc<EthDevice>,
-    port: u16,
-    queue: u16,
-    not_sync: PhantomData<Cell<()>>,
-}
-
-impl TxQueue {
-    /// Queue number.
-    pub fn index(&self) -> u16 {
-        self.queue
-    }
-
-    /// Lets the driver check and adapt packets with offload requests. Returns how many, from the front, it takes.
-    ///
-    /// # Safety
-    /// `packets` must be owned packets.
-    #[inline]
-    pub(crate) unsafe fn prepare(&mut self, packets: &mut [*mut sys::rte_mbuf]) -> usize {
-        // SAFETY: as the caller promises; the only user of the queue; the port runs as long as `device` lives.
-        usize::from(unsafe {
-            sys::ferry_eth_tx_prepare(self.port, self.queue, packets.as_mut_ptr(), packets.len() as u16)
-        })
-    }
-
-    /// Offers packets to the device. Returns how many, from the front, it took over. Drivers that work in smaller bursts are
-    /// called again as long as they make progress.
-    ///
-    /// # Safety
-    /// `packets` must be owned packets; those taken are not the caller's any more.
-    #[inline]
-    pub(crate) unsafe fn send(&mut self, packets: &mut [*mut sys::rte_mbuf]) -> usize {
-        let mut sent = 0;
-        while let Some(rest) = packets.get_mut(sent..)
-            && !rest.is_empty()
-        {
-            // SAFETY: as the caller promises; the only user of the queue; the port runs as long as `device` lives.
-            let n = unsafe { sys::ferry_eth_tx_burst(self.port, self.queue, rest.as_mut_ptr(), rest.len() as u16) };
-            if n == 0 {
-                break;
-            }
-            sent += usize::from(n);
-        }
-        sent
-    }
-
-    /// The device.
-    pub fn device(&self) -> &Arc<EthDevice> {
-        &self.device
     }
 }
 

@@ -5,6 +5,7 @@
 //! * [`eal`]: the process-wide environment, initialised on its own thread, which stays as control lane;
 //! * [`mempool`], [`mbuf`]: packet memory with owners;
 //! * [`ethdev`]: a device from its devargs or PCI address to running queues, and back;
+//! * [`queue`]: its receive and transmit queues;
 //! * [`offload`]: how virtio's offload terms map to what a device is asked;
 //! * [`uplink`]: the switch's port on such a device.
 #![cfg_attr(
@@ -19,6 +20,7 @@ pub mod mbuf;
 pub mod mempool;
 mod netdev;
 pub mod offload;
+pub mod queue;
 mod signals;
 mod thread;
 pub mod uplink;

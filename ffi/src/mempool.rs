@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use ferry_dpdk_sys as sys;
 
-/// mbufs that a thread keeps at hand (per-lcore cache; see [`crate::thread`]).
+/// mbufs that a thread keeps at hand (per-lcore cache; see the `thread` module).
 pub const CACHE_MBUFS: u32 = 256;
 /// What one thread's cache can hold at most: DPDK flushes at one and a half times the cache's size.
 pub const CACHE_FLUSH_MBUFS: u32 = CACHE_MBUFS * 3 / 2;

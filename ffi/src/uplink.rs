@@ -10,7 +10,7 @@
 //! * `net_af_packet`: no signal, so an idle PMD thread polls at its idle interval. The kernel hands over what the *sender's* stack made:
 //!   on a veth, switch the peer's offloads off (`ethtool -K PEER tx off tso off gso off`), or frames arrive with
 //!   unfinished checksums or longer than the MTU and are cut.
-//! * `net_ring`, `net_null`, `net_pcap`, `net_memif`: polled.
+//! * `net_ring`, `net_null`, `net_pcap`, `net_memif`, `net_vhost`, `net_virtio_user`: polled.
 //! * PCI NICs: signals by eventfd where the driver and vfio provide them.
 #![allow(unsafe_code)] // Its job: handing mbuf memory to the switch, filling mbufs, sharing transmit queues.
 use std::cell::UnsafeCell;
@@ -26,10 +26,11 @@ use ferry_dpdk_sys as sys;
 use serde::Serialize;
 
 use crate::eal::Eal;
-use crate::ethdev::{DeviceConfig, DeviceError, DeviceStats, EthDevice, Link, OpenDevice, RxQueue, RxSignal, TxQueue};
+use crate::ethdev::{DeviceConfig, DeviceError, DeviceStats, EthDevice, Link, OpenDevice};
 use crate::mbuf::{Mbuf, MbufBurst};
 use crate::mempool::Mempool;
 use crate::offload::{self, DeviceOffloads, Plan, Sum};
+use crate::queue::{RxQueue, RxSignal, TxQueue};
 use crate::thread;
 
 /// Shortest frame sent: an Ethernet header. Devices pad to the wire's minimum.
@@ -656,7 +657,7 @@ impl TxPort for EthTx {
             tso6: o.tso6,
             // DPDK does not say what a device does with CWR.
             ecn: false,
-            // Queues are chosen by lane: a flow hash would go unread.
+            // Spread by lane, not by flow.
             multiqueue: false,
             max_frame_bytes: self.0.max_frame_bytes(),
         }

@@ -121,7 +121,7 @@ impl FerrydBuilder {
         // Writing to a String cannot fail.
         let _ = writeln!(
             t,
-            "[api]\nsocket = {:?}\n[log]\nlevel = \"debug\"\n[dpdk]\nhugepages = false\nmemory_mb = 128",
+            "[api]\nsocket = {:?}\n[log]\nlevel = \"debug\"\n[dpdk]\nmemory = \"no-huge\"\nmemory_mb = 128\npci = false",
             api.display().to_string()
         );
         for _ in 0..self.pmds {
@@ -486,8 +486,9 @@ socket = "/x/api"
 [log]
 level = "debug"
 [dpdk]
-hugepages = false
+memory = "no-huge"
 memory_mb = 128
+pci = false
 [[switch.pmd]]
 [[switch.pmd]]
 [[bridge]]

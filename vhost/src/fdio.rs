@@ -156,6 +156,8 @@ pub fn poll(waits: &mut [Wait], timeout: Option<Duration>) -> io::Result<()> {
 }
 
 /// Prepares a kick, call or error descriptor of a frontend: it must be an eventfd, and writing to it must not block a PMD thread.
+/// (The flag belongs to the open file that both sides share, so a frontend that is bent on it can still take it off again
+/// and fill the counter; Linux has no write to an eventfd that is non-blocking by itself.)
 ///
 /// # Errors
 /// When it is something else (a full pipe, say, would block the writer), or fcntl fails.
@@ -175,6 +177,7 @@ pub fn prepare_event(fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+#[cfg(any(test, fuzzing, feature = "fuzzing"))]
 /// An unnamed file of `len_bytes` zero bytes in memory.
 pub fn anonymous_file(len_bytes: u64) -> io::Result<OwnedFd> {
     // SAFETY: plain system call with a constant name.

@@ -4,6 +4,7 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
 )]
 
+pub mod base_mirror;
 pub mod dirty_log;
 mod eventfd;
 mod fdio;
@@ -15,7 +16,7 @@ mod message;
 pub mod net_header;
 pub mod port;
 pub mod queue;
-pub mod relay;
+mod relay;
 mod resume;
 pub mod ring;
 mod session;

@@ -1,7 +1,7 @@
 //! A vhost-user port: the public face of the crate, and its session thread.
 //!
 //! One thread per port does everything that is not packets: it waits for connections (or makes them), reads messages,
-//! runs them through the [relay](crate::relay) and answers, takes down rings that PMD threads reported, and quits
+//! runs them through the relay (`relay.rs`) and answers, takes down rings that PMD threads reported, and quits
 //! when told. PMD threads only ever see the port's queues.
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use ferry_dataplane::qsbr::Domain;
 
+use crate::base_mirror::MirrorFile;
 use crate::eventfd;
 use crate::fdio::{self, Wait};
 use crate::features::FeatureSwitches;
@@ -34,6 +35,8 @@ pub const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 const MESSAGE_BURST: f64 = 2000.0;
 /// Messages per second beyond the burst. A frontend that sends more is read more slowly.
 const MESSAGES_PER_SECOND: f64 = 1000.0;
+/// How long a session thread rests after a bug made it panic.
+const AFTER_PANIC: Duration = Duration::from_secs(1);
 /// What a new connection costs, in messages.
 const CONNECTION_COST: f64 = 10.0;
 
@@ -54,6 +57,10 @@ pub struct VhostPortConfig {
     pub ownership: SocketOwnership,
     /// Features offered.
     pub features: FeatureSwitches,
+    /// A small file, in a tmpfs such as `/run`, that keeps the positions of packed rings: with it, a guest with packed rings
+    /// goes on after the switch was killed and restarted. Without it such a guest has to reset its device. Best effort: a
+    /// file that cannot be used is logged and done without.
+    pub state_file: Option<PathBuf>,
 }
 
 impl VhostPortConfig {
@@ -67,6 +74,7 @@ impl VhostPortConfig {
             mtu: 0,
             ownership: SocketOwnership::default(),
             features: FeatureSwitches::default(),
+            state_file: None,
         }
     }
 }
@@ -137,12 +145,20 @@ impl VhostPort {
             queues.set_enabled(vring, true);
         }
         let rx = (0..queues.pairs()).filter_map(|pair| queues.rx(pair)).collect();
+        let mirror = config.state_file.as_ref().and_then(|path| {
+            MirrorFile::open(path, usize::from(config.queue_pairs) * 2)
+                .inspect_err(
+                    |e| tracing::warn!(port = %config.name, path = %path.display(), "state file not used: {e}"),
+                )
+                .ok()
+        });
         let session = Session::new(
             SessionConfig {
                 queue_pairs: config.queue_pairs,
                 mtu: config.mtu,
                 features: config.features.features(config.queue_pairs, config.mtu),
                 protocol_features: config.features.protocol_features(),
+                mirror,
             },
             Arc::clone(&queues),
             Arc::clone(&observer),
@@ -175,11 +191,14 @@ impl VhostPort {
         };
         let thread = thread::Builder::new().name(thread_name).spawn(move || {
             while !worker.shared.stopping() {
-                // A bug that panics costs this port one connection, not the switch.
+                // A bug that panics, here or in an observer, costs this port one connection, not the switch.
                 if catch_unwind(AssertUnwindSafe(|| worker.run())).is_err() {
                     tracing::error!(port = %worker.shared.config.name, "internal error in the session thread; starting over");
-                    worker.finish_connection("internal error");
-                    worker.pause(socket::BACKOFF_MAX);
+                    // The `vhost` crate unwraps the lock.
+                    worker.session.clear_poison();
+                    let _ = catch_unwind(AssertUnwindSafe(|| worker.finish_connection("internal error")));
+                    worker.session.clear_poison();
+                    worker.pause(AFTER_PANIC);
                 }
             }
             worker.close();
@@ -375,6 +394,9 @@ impl Worker {
                 Ok(Progress::Message(message)) => {
                     self.budget.spend(1.0);
                     let handled = relay.handle(message, &mut self.counters);
+                    if let Some(why) = &handled.refused {
+                        tracing::debug!(port = %self.shared.config.name, "{why}");
+                    }
                     self.publish(handled.refused.as_ref().or(handled.end.as_ref()));
                     if let Some((bytes, fds)) = handled.reply {
                         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();

@@ -136,7 +136,8 @@ impl PortQueues {
         }
     }
 
-    /// Starts polling `ring` as `vring`. The guest is asked not to kick from here on.
+    /// Starts polling `ring` as `vring`. The guest is asked not to kick from here on, and notified once: a notification
+    /// that got lost before (the previous device crashed, the call eventfd changed) would otherwise be waited for for ever.
     pub fn start(&self, vring: usize, mut ring: Ring) -> Result<(), RingError> {
         let slot = self.slot(vring)?;
         let control = self.control();
@@ -152,7 +153,12 @@ impl PortQueues {
             claim: AtomicBool::new(false),
             notify_due: AtomicBool::new(false),
         };
+        let call = running.call;
         slot.ring.0.replace(Some(Box::new(running)), &self.domain);
+        if let Some(fd) = call {
+            // The number stays open: only `stop` closes it, which waits for the control lock.
+            eventfd::signal(fd);
+        }
         self.update_tx_ready();
         self.wake_receiver(&control, vring);
         Ok(())

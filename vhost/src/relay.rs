@@ -430,11 +430,6 @@ impl<B: Backend> Relay<B> {
             _ => {}
         }
     }
-
-    /// Protocol features in force.
-    pub fn protocol_features(&self) -> u64 {
-        self.protocol_features
-    }
 }
 
 fn end(why: String) -> Handled {

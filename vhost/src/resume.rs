@@ -14,32 +14,38 @@ const USED: u16 = 1 << 15;
 const DESCRIPTOR_BYTES: u64 = 16;
 const FLAGS_OFFSET: usize = 14;
 
-/// True when the ring of `size` descriptors at guest address `desc_gpa` bears out `base` (as in GET_VRING_BASE:
-/// bits 0 to 14 the index, bit 15 the wrap counter).
-pub fn is_plausible(memory: &MemoryMap, desc_gpa: u64, size: u16, base: u32) -> bool {
-    let index = (base & 0x7fff) as u16;
-    let wrap = base & 0x8000 != 0;
-    if index >= size {
-        return false;
-    }
-    let used_bit = |i: u16| -> Option<bool> {
-        let at = memory.translate(desc_gpa.checked_add(u64::from(i) * DESCRIPTOR_BYTES)?, DESCRIPTOR_BYTES)?;
-        // SAFETY: `translate` vouches for 16 bytes; the guest may write them meanwhile, hence volatile, and unaligned in
-        // case the ring is.
-        let flags = unsafe {
-            let p = at.as_ptr().add(FLAGS_OFFSET);
-            u16::from_le_bytes([p.read_volatile(), p.add(1).read_volatile()])
-        };
-        Some(flags & USED != 0)
+/// Where the packed ring of `size` descriptors at guest address `desc_gpa` stands: at `new` if the burst from `old` to `new`
+/// became visible to the driver, otherwise at `old` (each bits 0 to 14 the index, bit 15 the wrap counter). `None` when the
+/// descriptors do not bear it out.
+pub(crate) fn position(memory: &MemoryMap, desc_gpa: u64, size: u16, old: u16, new: u16) -> Option<u16> {
+    // The first descriptor of a burst is marked used last.
+    let out = used_bit(memory, desc_gpa, old & 0x7fff)? == (old & 0x8000 != 0);
+    let position = if out { new } else { old };
+    is_plausible(memory, desc_gpa, size, position).then_some(position)
+}
+
+fn used_bit(memory: &MemoryMap, desc_gpa: u64, index: u16) -> Option<bool> {
+    let at = memory.translate(desc_gpa.checked_add(u64::from(index) * DESCRIPTOR_BYTES)?, DESCRIPTOR_BYTES)?;
+    // SAFETY: `translate` vouches for 16 bytes; the guest may write them meanwhile, hence volatile, and by bytes in case the
+    // ring is not aligned.
+    let flags = unsafe {
+        let p = at.as_ptr().add(FLAGS_OFFSET);
+        u16::from_le_bytes([p.read_volatile(), p.add(1).read_volatile()])
     };
-    if used_bit(index).is_none_or(|used| used == wrap) {
+    Some(flags & USED != 0)
+}
+
+fn is_plausible(memory: &MemoryMap, desc_gpa: u64, size: u16, position: u16) -> bool {
+    let (index, wrap) = (position & 0x7fff, position & 0x8000 != 0);
+    let used = |i: u16| used_bit(memory, desc_gpa, i);
+    if index >= size || used(index).is_none_or(|used| used == wrap) {
         return false;
     }
-    // At index 0 of the very first lap nothing is in front; of a later one, the whole previous lap is.
     match (index, wrap) {
-        (0, true) => (0..size).any(|i| used_bit(i) == Some(true)) || (0..size).all(|i| used_bit(i) == Some(false)),
-        (0, false) => (0..size).any(|i| used_bit(i) == Some(true)),
-        (_, wrap) => (0..index).any(|i| used_bit(i) == Some(wrap)),
+        // The very first lap, or the whole previous lap lies in front.
+        (0, true) => true,
+        (0, false) => (0..size).any(|i| used(i) == Some(true)),
+        (_, wrap) => (0..index).any(|i| used(i) == Some(wrap)),
     }
 }
 
@@ -67,7 +73,7 @@ mod tests {
         fn flags(&self, i: u64, flags: u16) {
             self.0.write_all_at(&flags.to_le_bytes(), i * 16 + 14).unwrap();
         }
-        fn ok(&self, base: u32) -> bool {
+        fn ok(&self, base: u16) -> bool {
             is_plausible(&self.1, 0, 8, base)
         }
     }
@@ -85,6 +91,25 @@ mod tests {
         assert!(!r.ok(0x8002), "descriptor 2 is used already");
         r.flags(3, AVAIL);
         assert!(r.ok(0x8003), "available descriptors do not matter");
+    }
+
+    #[test]
+    fn a_burst_counts_once_its_first_descriptor_is_used() {
+        let r = Ring::new();
+        for i in 0..4 {
+            r.flags(i, AVAIL);
+        }
+        // Killed before the burst of 0 to 4 got out: the flags of its first descriptor are still the driver's.
+        for i in 1..4 {
+            r.flags(i, AVAIL | USED);
+        }
+        assert_eq!(position(&r.1, 0, 8, 0x8000, 0x8004), Some(0x8000));
+        r.flags(0, AVAIL | USED);
+        assert_eq!(position(&r.1, 0, 8, 0x8000, 0x8004), Some(0x8004));
+        assert_eq!(position(&r.1, 0, 8, 0x8004, 0x8004), Some(0x8004));
+        assert_eq!(position(&r.1, 0, 8, 0x8002, 0x8002), None, "2 was used already");
+        assert_eq!(position(&r.1, 0, 8, 0x8002, 0x0005), None, "the second lap has not begun");
+        assert_eq!(position(&r.1, 1 << 40, 8, 0x8000, 0x8004), None);
     }
 
     #[test]

@@ -23,12 +23,14 @@ use vhost::vhost_user::{
     Error as CrateError, GpuBackend, Result as CrateResult, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
 };
 
+use crate::base_mirror::{MirrorFile, RingIdentity, Stored};
 use crate::dirty_log::DirtyLog;
 use crate::eventfd;
 use crate::features;
 use crate::memory::{GuestRegion, MAX_REGIONS, MemoryMap, RegionSpec};
 use crate::queue::PortQueues;
 use crate::relay::Backend;
+use crate::resume;
 use crate::ring::{FaultKind, MAX_RING_SIZE, Ring, RingConfig};
 use crate::signals::{PortEvent, PortObserver};
 use crate::status::{MemoryStatus, RingStatus, VhostStatus};
@@ -46,6 +48,8 @@ pub(crate) struct SessionConfig {
     pub(crate) mtu: u16,
     pub(crate) features: u64,
     pub(crate) protocol_features: u64,
+    /// Keeps the positions of packed rings for the next process.
+    pub(crate) mirror: Option<Arc<MirrorFile>>,
 }
 
 /// Ring areas as SET_VRING_ADDR gives them, frontend addresses.
@@ -54,17 +58,6 @@ struct Areas {
     desc: u64,
     driver: u64,
     device: u64,
-}
-
-/// Where a packed ring was when its connection broke off without GET_VRING_BASE.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct LeftOff {
-    /// Guest physical address of the descriptor ring.
-    desc_gpa: u64,
-    size: u16,
-    base: u32,
-    /// Device and inode of the memory file: the same guest.
-    file: (u64, u64),
 }
 
 /// One vring's messages.
@@ -83,7 +76,8 @@ struct Vring {
     /// SET_VRING_KICK messages.
     kicks: u64,
     starts: u64,
-    left_off: Option<LeftOff>,
+    /// Where a packed ring was when its connection broke off without GET_VRING_BASE.
+    left_off: Option<Stored>,
 }
 
 /// One port's protocol state. Lives as long as the port; [`Session::disconnect`] takes it back to the beginning.
@@ -113,7 +107,9 @@ fn refused(why: impl Into<String>) -> CrateError {
 
 impl Session {
     pub(crate) fn new(config: SessionConfig, queues: Arc<PortQueues>, observer: Arc<dyn PortObserver>) -> Self {
-        let vrings = (0..config.queue_pairs * 2).map(|_| Vring::default()).collect();
+        let vrings = (0..usize::from(config.queue_pairs) * 2)
+            .map(|i| Vring { left_off: config.mirror.as_ref().and_then(|m| m.load(i)), ..Vring::default() })
+            .collect();
         Self {
             config,
             queues,
@@ -188,12 +184,24 @@ impl Session {
         if memory.is_poisoned() {
             return Err("guest memory file was truncated".into());
         }
-        if bits & features::RING_PACKED != 0
-            && let Some(left_off) = vring.left_off.take()
-            && let Some(better) = resume_packed(&memory, areas, size, base, left_off)
-        {
-            tracing::info!(vring = index, given = base, resumed = better, "packed ring goes on where it was left off");
-            base = better;
+        let mut base_mirror = None;
+        if bits & features::RING_PACKED != 0 {
+            if let Some(ring) = identify(&memory, areas, size) {
+                if let Some(left_off) = vring.left_off.take()
+                    && let Some(better) = resume_packed(&memory, ring, base, left_off)
+                {
+                    tracing::info!(
+                        vring = index,
+                        given = base,
+                        resumed = better,
+                        "packed ring goes on where it was left"
+                    );
+                    base = better;
+                }
+                base_mirror = self.config.mirror.as_ref().and_then(|m| m.begin(index as usize, ring, base as u16));
+            }
+        } else if let Some(mirror) = &self.config.mirror {
+            mirror.clear(index as usize);
         }
         let dup = |fd: &Option<OwnedFd>| fd.as_ref().map(OwnedFd::try_clone).transpose().map_err(|e| e.to_string());
         let config = RingConfig {
@@ -210,6 +218,7 @@ impl Session {
             call: dup(&vring.call)?,
             kick,
             err: dup(&vring.err)?,
+            base_mirror,
         };
         let ring = Ring::new(config).map_err(|e| e.to_string())?;
         self.queues.start(index as usize, ring).map_err(|e| e.to_string())?;
@@ -273,10 +282,15 @@ impl Session {
         }
     }
 
-    /// True when the file behind guest memory or the log was truncated.
-    fn is_poisoned(&self) -> bool {
-        self.memory.as_ref().is_some_and(|m| m.is_poisoned())
-            || self.log.as_ref().is_some_and(|l| l.poisoned().load(Ordering::Acquire))
+    /// What to say when the file behind guest memory or the log was truncated.
+    fn lost_file(&self) -> Option<&'static str> {
+        if self.memory.as_ref().is_some_and(|m| m.is_poisoned()) {
+            Some("guest memory file was truncated")
+        } else if self.log.as_ref().is_some_and(|l| l.poisoned().load(Ordering::Acquire)) {
+            Some("dirty log file was truncated")
+        } else {
+            None
+        }
     }
 
     /// A PMD thread reported faults: the rings concerned are stopped already, here they are taken down.
@@ -284,8 +298,9 @@ impl Session {
         while let Some(fault) = self.queues.take_fault() {
             let index = u32::from(fault.vring);
             // A ring may stumble over the zeroes that stand in for the lost pages before it looks at the flag.
-            let memory_lost = fault.kind == FaultKind::MemoryLost || self.is_poisoned();
-            let text = if memory_lost { "guest memory file was truncated".to_owned() } else { fault.to_string() };
+            let lost = self.lost_file();
+            let memory_lost = fault.kind == FaultKind::MemoryLost || lost.is_some();
+            let text = lost.map_or_else(|| fault.to_string(), str::to_owned);
             tracing::warn!(vring = fault.vring, %text, "ring stopped");
             if memory_lost {
                 // Every ring lives in that memory, or writes to that log.
@@ -337,8 +352,11 @@ impl Session {
 
     fn reset(&mut self) {
         self.halt_all();
-        for vring in &mut self.vrings {
+        for (index, vring) in self.vrings.iter_mut().enumerate() {
             *vring = Vring { kicks: vring.kicks, starts: vring.starts, enabled: vring.enabled, ..Vring::default() };
+            if let Some(mirror) = &self.config.mirror {
+                mirror.clear(index);
+            }
         }
         self.emit(PortEvent::Reset);
         self.update_link();
@@ -404,40 +422,35 @@ impl Session {
 }
 
 /// Remembers where a packed ring is, for a frontend that comes back without having asked (see [`resume_packed`]).
-fn leave_off(memory: Option<&MemoryMap>, vring: &Vring) -> Option<LeftOff> {
+fn leave_off(memory: Option<&MemoryMap>, vring: &Vring) -> Option<Stored> {
     // GET_VRING_BASE takes the kick away: then the frontend knows the base itself.
     vring.kick.as_ref()?;
     let (size, base, areas) = (vring.size?, vring.base?, vring.areas?);
-    let memory = memory?;
-    if memory.is_poisoned() {
-        return None;
-    }
-    let desc_gpa = memory.user_to_guest(areas.desc, u64::from(size) * 16)?;
-    Some(LeftOff { desc_gpa, size, base, file: file_identity(memory, desc_gpa)? })
+    let memory = memory.filter(|m| !m.is_poisoned())?;
+    Some(Stored { ring: identify(memory, areas, size)?, old: base as u16, new: base as u16 })
 }
 
-fn file_identity(memory: &MemoryMap, gpa: u64) -> Option<(u64, u64)> {
+/// What makes a packed ring the same ring after a reconnect.
+fn identify(memory: &MemoryMap, areas: Areas, size: u16) -> Option<RingIdentity> {
     use std::os::unix::fs::MetadataExt;
-    let region = memory.regions().iter().find(|r| gpa.wrapping_sub(r.guest_addr()) < r.size())?;
+    let desc_gpa = memory.user_to_guest(areas.desc, u64::from(size) * 16)?;
+    let region = memory.regions().iter().find(|r| desc_gpa.wrapping_sub(r.guest_addr()) < r.size())?;
     let meta = region.file().metadata().ok()?;
-    Some((meta.dev(), meta.ino()))
+    Some(RingIdentity { desc_gpa, size, file: (meta.dev(), meta.ino()) })
 }
 
 /// The base from which to go on with a packed ring, where the given one is stale.
 ///
 /// A packed ring has no index in guest memory, so when the back-end goes away without GET_VRING_BASE, QEMU
-/// (`virtio_queue_packed_restore_last_avail_idx`) can only send the base of the last start. Where this process served the
-/// same ring of the same guest before, it knows better, provided that the descriptors bear it out: the guest may have
-/// reset the device meanwhile, and then the given base (the initial one) is right.
-fn resume_packed(memory: &MemoryMap, areas: Areas, size: u16, given: u32, left_off: LeftOff) -> Option<u32> {
-    let desc_gpa = memory.user_to_guest(areas.desc, u64::from(size) * 16)?;
-    let same_ring = left_off.desc_gpa == desc_gpa
-        && left_off.size == size
-        && Some(left_off.file) == file_identity(memory, desc_gpa);
-    if !same_ring || left_off.base == given || !crate::resume::is_plausible(memory, desc_gpa, size, left_off.base) {
+/// (`virtio_queue_packed_restore_last_avail_idx`) can only send the base of the last start. Where this process, or the one
+/// before it, served the same ring of the same guest, it knows better, provided that the descriptors bear it out: the
+/// guest may have reset the device meanwhile, and then the given base (the initial one) is right.
+fn resume_packed(memory: &MemoryMap, ring: RingIdentity, given: u32, left_off: Stored) -> Option<u32> {
+    if left_off.ring != ring {
         return None;
     }
-    Some(left_off.base)
+    let at = u32::from(resume::position(memory, ring.desc_gpa, ring.size, left_off.old, left_off.new)?);
+    (at != given & 0xffff).then_some(at << 16 | at)
 }
 
 impl Backend for Session {
@@ -474,6 +487,9 @@ impl Backend for Session {
         vring.left_off = None;
         vring.kick = None;
         let base = vring.base.unwrap_or_default();
+        if let Some(mirror) = &self.config.mirror {
+            mirror.clear(index as usize);
+        }
         let last = !self.is_running();
         let logging = self.has(features::LOG_ALL);
         if last && logging {

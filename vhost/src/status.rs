@@ -1,7 +1,7 @@
 //! A port's status as operators see it.
 use std::path::PathBuf;
 
-use crate::relay::RelayCounters;
+pub use crate::relay::RelayCounters;
 
 /// A snapshot of one port.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]

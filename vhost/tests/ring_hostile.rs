@@ -205,6 +205,36 @@ fn too_long_or_too_scattered() {
     }
 }
 
+/// Tables full of empty descriptors cost a guest nothing to post; they may not cost the other ports much either.
+#[test]
+fn contrived_chains_wait_for_their_turn() {
+    for features in KINDS {
+        let mem = GuestMem::new(BASE, 1, REGION);
+        let features = features | feature::INDIRECT_DESC;
+        let d = Driver::new(&mem, 1, 64, features, BASE);
+        let mut switch = Switch::new(1);
+        switch.start(1, d.config(&mem.memory_map(), d.fresh_base(), None));
+        let n = 1024u16;
+        for i in 0..n {
+            raw(&d, TABLE, i, 0, 0, if d.packed() || i + 1 == n { 0 } else { NEXT }, i + 1);
+        }
+        for i in 0..64 {
+            raw(&d, d.desc, i, TABLE, 16 * u32::from(n), INDIRECT, i);
+        }
+        offer(&d, &(0..64).collect::<Vec<_>>());
+        let mut bursts = 0;
+        let mut rejected = 0;
+        while rejected < 64 {
+            assert!(switch.receive().is_empty());
+            rejected += switch.burst.rejected().unwrap()[DropReason::RxBadDescriptor as usize];
+            switch.release();
+            bursts += 1;
+        }
+        assert_eq!(bursts, 8, "8192 descriptors a burst, give or take a chain");
+        assert_eq!(switch.queues.take_fault(), None);
+    }
+}
+
 #[test]
 fn malformed_indirect_tables() {
     for features in KINDS {
@@ -395,6 +425,7 @@ fn a_ring_rewritten_while_it_is_polled() {
         let (rx, tx) = (Driver::new(&mem, 0, SIZE, features, BASE), Driver::new(&mem, 1, SIZE, features, BASE + f));
         let map = mem.memory_map();
         let mut switch = Switch::new(1);
+        switch.memory_moves = true;
         switch.start(0, rx.config(&map, rx.fresh_base(), None));
         switch.start(1, tx.config(&map, tx.fresh_base(), None));
 
@@ -425,9 +456,19 @@ fn a_ring_rewritten_while_it_is_polled() {
                     mem.u16(at).store(v, Ordering::Relaxed);
                     // Addresses inside memory, so that chains lead somewhere.
                     if rng.chance(20) {
-                        let desc = areas[if rng.chance(50) { 0 } else { 3 }] + 16 * rng.below(u64::from(SIZE));
+                        let (ring, direction) = if rng.chance(50) { (0, WRITE) } else { (3, 0) };
+                        let desc = areas[ring] + 16 * rng.below(u64::from(SIZE));
                         mem.write(desc, &(BASE + rng.below(REGION)).to_le_bytes());
                         mem.write(desc + 8, &(rng.below(3000) as u32).to_le_bytes());
+                        // And available, so that the switch looks at them.
+                        if packed {
+                            let turn = if rng.chance(50) { AVAIL } else { USED };
+                            mem.u16(desc + 14).store(turn | direction, Ordering::Relaxed);
+                        } else {
+                            let used = mem.u16(areas[ring + 2] + 2).load(Ordering::Relaxed);
+                            mem.u16(areas[ring + 1] + 2)
+                                .store(used.wrapping_add(rng.below(17) as u16), Ordering::Relaxed);
+                        }
                     }
                 }
                 turns

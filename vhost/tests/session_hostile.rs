@@ -1,6 +1,6 @@
 //! The vhost-user session against frontends that break the rules. In every case the session thread goes on (or ends that
 //! session with a clear text) and no descriptor leaks.
-mod frontend;
+mod session_support;
 
 use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ferry_vhost::signals::PortEvent;
-use frontend::*;
+use session_support::*;
 
 /// Every case leaves the port able to serve the next frontend.
 fn still_serves(f: &Fixture) {
@@ -320,7 +320,7 @@ fn a_truncated_log_stops_its_port() {
     for n in 0..10 {
         offer_frame(&memory, 1, n);
     }
-    eventually("the port stopped", || f.status().state.starts_with("stopped: "));
+    eventually("the port stopped", || f.status().state == "stopped: dirty log file was truncated");
     assert_eq!(f.running(), 0);
 }
 
@@ -339,7 +339,6 @@ fn a_ring_that_cannot_be_believed_is_stopped_and_comes_back_with_a_new_kick() {
     eventually("the ring stopped", || f.status().state.starts_with("stopped: vring 1"));
     assert_eq!(f.running(), 1, "only that ring");
     let mut count = [0u8; 8];
-    // SAFETY-free read through a File: the eventfd holds one count.
     std::io::Read::read_exact(&mut std::fs::File::from(err), &mut count).unwrap();
     assert!(u64::from_ne_bytes(count) >= 1, "SET_VRING_ERR's descriptor was signalled");
     assert_eq!(p.ask(GET_VRING_BASE, &state(1, 0)).state(), (1, 0));
@@ -347,4 +346,38 @@ fn a_ring_that_cannot_be_believed_is_stopped_and_comes_back_with_a_new_kick() {
     p.set_up_ring(1, 0);
     f.wait_running(2);
     assert_eq!(f.status().state, "running");
+}
+
+#[test]
+fn an_observer_that_panics_costs_one_connection() {
+    use ferry_dataplane::qsbr::Domain;
+    use ferry_vhost::port::{VhostPort, VhostPortConfig};
+    use ferry_vhost::signals::PortObserver;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicBool;
+    struct Once(AtomicBool);
+    impl PortObserver for Once {
+        fn event(&self, event: &PortEvent) {
+            if matches!(event, PortEvent::Kicked { .. }) && !self.0.swap(true, Ordering::Relaxed) {
+                panic!("a bug (expected by this test)");
+            }
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("o");
+    let domain = Domain::new();
+    let config = VhostPortConfig::new("o", &path, ferry_vhost::socket::Role::Server);
+    let mut port = VhostPort::start(config, Arc::clone(&domain), Arc::new(Once(AtomicBool::new(false)))).unwrap();
+    let _pmd = Pmd::start(&domain, &mut port);
+    let memory = memfd(MEMORY_BYTES);
+    let mut p = Peer::connect(&path);
+    p.greet();
+    p.send(SET_FEATURES, &words(&[VERSION_1 | PROTOCOL]));
+    p.set_memory(&memory);
+    p.send_fds(SET_VRING_KICK, 0, &words(&[0]), &[eventfd().as_raw_fd()]);
+    assert!(p.is_closed());
+    eventually("the text", || port.status().last_error.is_some_and(|e| e == "internal error"));
+    let mut p = Peer::connect(&path);
+    p.start(VERSION_1 | PROTOCOL, &memory, 1);
+    assert_eq!(port.status().state, "running");
 }

@@ -1,12 +1,12 @@
 //! Changes of memory, log and features under running rings.
-mod frontend;
+mod session_support;
 
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use ferry_vhost::signals::PortEvent;
-use frontend::*;
+use session_support::*;
 
 const BASIC: u64 = VERSION_1 | PROTOCOL;
 
@@ -101,7 +101,7 @@ fn stop_and_cont_during_a_migration_wait_for_the_new_log() {
     let used = GUEST_BASE + RING_STRIDE + 0x8000;
     let mut p = f.peer();
     p.start(BASIC, &memory, 1);
-    let mut set_log = |p: &mut Peer, log: &std::fs::File| {
+    let set_log = |p: &mut Peer, log: &std::fs::File| {
         p.send_fds(SET_LOG_BASE, 0, &words(&[4096, 0]), &[log.as_raw_fd()]);
         assert_eq!(p.receive().unwrap().code, SET_LOG_BASE);
     };

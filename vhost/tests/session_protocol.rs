@@ -1,5 +1,5 @@
 //! The vhost-user session over a real socket, as well-behaved frontends speak it.
-mod frontend;
+mod session_support;
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
@@ -11,7 +11,7 @@ use ferry_dataplane::qsbr::Domain;
 use ferry_vhost::port::{PortError, VhostPort, VhostPortConfig};
 use ferry_vhost::signals::{NoObserver, PortEvent};
 use ferry_vhost::socket::{Role, SocketError};
-use frontend::*;
+use session_support::*;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -183,8 +183,7 @@ fn server_and_client_survive_fifty_reconnects_with_counters_kept() {
                 .unwrap();
         let pmd = Pmd::start(&domain, &mut port);
         let before = open_fds();
-        let mut sent = 0u16;
-        for round in 0..50u64 {
+        for round in 0..50u16 {
             let mut p = listener.as_ref().map_or_else(|| Peer::connect(&path), Peer::accept);
             p.greet();
             p.send(SET_FEATURES, &words(&[VERSION_1 | PROTOCOL]));
@@ -195,9 +194,8 @@ fn server_and_client_survive_fifty_reconnects_with_counters_kept() {
                 p.send(SET_VRING_ENABLE, &state(index, 1));
             }
             p.sync();
-            offer_frame(&memory, 1, sent);
-            sent += 1;
-            eventually("the round's frame", || used_index(&memory, 1) == sent);
+            offer_frame(&memory, 1, round);
+            eventually("the round's frame", || used_index(&memory, 1) == round + 1);
             if round % 2 == 0 {
                 p.ask(GET_VRING_BASE, &state(1, 0));
             }
@@ -277,28 +275,25 @@ fn impossible_ports_are_refused() {
     assert!(start(&|_| {}).is_ok());
 }
 
+/// Makes descriptor `i` of packed ring 1 available in the first lap.
+fn offer_packed(memory: &std::fs::File, i: u64) {
+    use std::os::unix::fs::FileExt;
+    let buffer = 0x10_0000 + i * 256;
+    let avail = 1u16 << 7;
+    let address = (GUEST_BASE + buffer).to_le_bytes();
+    let d = [&address[..], &72u32.to_le_bytes(), &(i as u16).to_le_bytes(), &avail.to_le_bytes()].concat();
+    memory.write_all_at(&d, RING_STRIDE + i * 16).unwrap();
+}
+
 #[test]
 fn a_packed_ring_goes_on_after_a_cut_connection_although_the_frontend_only_knows_the_old_base() {
     use std::os::unix::fs::FileExt;
     let f = Fixture::new();
     let memory = memfd(MEMORY_BYTES);
-    let ring = RING_STRIDE;
-    let offer = |i: u64| {
-        let buffer = 0x10_0000 + i * 256;
-        let flags = 1u16 << 7; // AVAIL, first lap
-        let d = [
-            &(GUEST_BASE + buffer).to_le_bytes()[..],
-            &72u32.to_le_bytes(),
-            &(i as u16).to_le_bytes(),
-            &flags.to_le_bytes(),
-        ]
-        .concat();
-        memory.write_all_at(&d, ring + i * 16).unwrap();
-    };
     let mut p = f.peer();
     p.start(VERSION_1 | PROTOCOL | PACKED, &memory, 1);
     for i in 0..5 {
-        offer(i);
+        offer_packed(&memory, i);
     }
     eventually("5 frames", || f.pmd.frames.load(Ordering::Relaxed) == 5);
     drop(p);
@@ -308,15 +303,49 @@ fn a_packed_ring_goes_on_after_a_cut_connection_although_the_frontend_only_knows
     p.start(VERSION_1 | PROTOCOL | PACKED, &memory, 1);
     f.wait_running(2);
     assert_eq!(f.status().rings[1].base & 0x7fff, 5);
-    offer(5);
+    offer_packed(&memory, 5);
     eventually("the sixth frame", || f.pmd.frames.load(Ordering::Relaxed) == 6);
     // The base that GET_VRING_BASE gives is the frontend's own from then on.
     assert_eq!(p.ask(GET_VRING_BASE, &state(1, 0)).state(), (1, 0x8006_8006));
     drop(p);
     // A guest that was reset in between has a fresh ring: the given base is right.
-    memory.write_all_at(&[0; 256 * 16], ring).unwrap();
+    memory.write_all_at(&[0; 256 * 16], RING_STRIDE).unwrap();
     let mut p = f.peer();
     p.start(VERSION_1 | PROTOCOL | PACKED, &memory, 1);
     f.wait_running(2);
     assert_eq!(f.status().rings[1].base, 0x8000_8000);
+}
+
+#[test]
+fn a_packed_ring_goes_on_after_a_restart_of_the_switch_with_a_state_file_only() {
+    for with_file in [true, false] {
+        let state_dir = tempfile::tempdir().unwrap();
+        let state_file = with_file.then(|| state_dir.path().join("state"));
+        let memory = memfd(MEMORY_BYTES);
+        let f = Fixture::with(|c| c.state_file = state_file.clone());
+        let mut p = f.peer();
+        p.start(VERSION_1 | PROTOCOL | PACKED, &memory, 1);
+        for i in 0..5 {
+            offer_packed(&memory, i);
+        }
+        eventually("5 frames", || f.pmd.frames.load(Ordering::Relaxed) == 5);
+        // As a killed process leaves it: nothing is written at the end.
+        let saved = state_file.as_ref().map(|path| std::fs::read(path).unwrap());
+        drop((f, p));
+        if let (Some(path), Some(saved)) = (&state_file, saved) {
+            std::fs::write(path, saved).unwrap();
+        }
+        let f = Fixture::with(|c| c.state_file = state_file.clone());
+        let mut p = f.peer();
+        p.start(VERSION_1 | PROTOCOL | PACKED, &memory, 1);
+        f.wait_running(2);
+        offer_packed(&memory, 5);
+        if with_file {
+            eventually("the sixth frame", || f.pmd.frames.load(Ordering::Relaxed) == 1);
+            assert_eq!(p.ask(GET_VRING_BASE, &state(1, 0)).state(), (1, 0x8006_8006));
+        } else {
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(f.pmd.frames.load(Ordering::Relaxed), 0, "nobody knows where the ring stood");
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! Entry points for fuzzing: arbitrary bytes through the reader, the relay, the crate's request handler and the session, in-process.
+//! Arbitrary bytes through the message reader, the relay, the crate's request handler and the session, in-process.
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
@@ -85,6 +85,7 @@ fn run(data: &[u8]) -> std::io::Result<Reached> {
         mtu: 9000,
         features: switches.features(2, 9000),
         protocol_features: switches.protocol_features(),
+        mirror: None,
     };
     let session = Arc::new(Mutex::new(Session::new(config, queues, Arc::new(NoObserver))));
     let mut relay = Relay::new(Arc::clone(&session))?;

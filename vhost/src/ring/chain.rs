@@ -113,7 +113,7 @@ pub(super) fn indirect<S: Sink>(
 ) -> Result<Result<(), DropReason>, Fault> {
     let count = len / DESC_BYTES;
     // 2.7.5.3.1, 2.8.7: only with the feature; whole descriptors, at least one.
-    if !core.indirect || count == 0 || len % DESC_BYTES != 0 {
+    if !core.indirect || count == 0 || !len.is_multiple_of(DESC_BYTES) {
         return Ok(Err(S::BAD));
     }
     // "A driver MUST NOT create a descriptor chain longer than the Queue Size" (2.7.5.3.1) is ignored by Linux when the
@@ -123,6 +123,7 @@ pub(super) fn indirect<S: Sink>(
     let mut followed = 0u32;
     loop {
         followed += 1;
+        core.followed += 1;
         if followed > count.min(limit) {
             return Err((FaultKind::ChainTooLong, followed));
         }

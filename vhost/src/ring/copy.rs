@@ -56,7 +56,8 @@ unsafe fn short(dst: *mut u8, src: *const u8, len: usize) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use core::arch::x86_64::{
-        __m128i, __m256i, _mm_loadu_si128, _mm_storeu_si128, _mm256_loadu_si256, _mm256_storeu_si256,
+        __m128i, __m256i, __m512i, _mm_loadu_si128, _mm_storeu_si128, _mm256_loadu_si256, _mm256_storeu_si256,
+        _mm512_loadu_si512, _mm512_storeu_si512,
     };
 
     /// `N` 16-byte words from the start and as many from the end. SSE2 is part of x86-64.
@@ -82,15 +83,43 @@ mod x86 {
     /// More than 128 bytes.
     ///
     /// # Safety
-    /// As `copy`.
+    /// As `copy`, with `len > 128`.
     #[inline]
     pub(super) unsafe fn long(dst: *mut u8, src: *const u8, len: usize) {
-        if len <= 2048 && std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2; len > 128.
-            unsafe { avx2(dst, src, len) };
-        } else {
-            // SAFETY: the contract is the caller's; `copy` allows overlap.
-            unsafe { core::ptr::copy(src, dst, len) };
+        // SAFETY: the processor has what each variant needs; len > 128.
+        unsafe {
+            if std::arch::is_x86_feature_detected!("avx512f") {
+                avx512(dst, src, len);
+            } else if std::arch::is_x86_feature_detected!("avx2") {
+                avx2(dst, src, len);
+            } else {
+                // Allows overlap.
+                core::ptr::copy(src, dst, len);
+            }
+        }
+    }
+
+    /// 128 bytes a turn, and the last 128 bytes once more from the end.
+    ///
+    /// # Safety
+    /// As `copy`, with AVX-512F and `len >= 128`.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn avx512(dst: *mut u8, src: *const u8, len: usize) {
+        let last = len - 128;
+        let mut at = 0;
+        // SAFETY: at < last, and 128 bytes from `last` are inside the ranges.
+        unsafe {
+            let c: __m512i = _mm512_loadu_si512(src.add(last).cast());
+            let d: __m512i = _mm512_loadu_si512(src.add(last + 64).cast());
+            while at < last {
+                let a: __m512i = _mm512_loadu_si512(src.add(at).cast());
+                let b: __m512i = _mm512_loadu_si512(src.add(at + 64).cast());
+                _mm512_storeu_si512(dst.add(at).cast(), a);
+                _mm512_storeu_si512(dst.add(at + 64).cast(), b);
+                at += 128;
+            }
+            _mm512_storeu_si512(dst.add(last).cast(), c);
+            _mm512_storeu_si512(dst.add(last + 64).cast(), d);
         }
     }
 
@@ -99,7 +128,7 @@ mod x86 {
     /// # Safety
     /// As `copy`, with AVX2 and `len >= 64`.
     #[target_feature(enable = "avx2")]
-    unsafe fn avx2(dst: *mut u8, src: *const u8, len: usize) {
+    pub(super) unsafe fn avx2(dst: *mut u8, src: *const u8, len: usize) {
         let last = len - 64;
         let mut at = 0;
         // SAFETY: at < last and 64 bytes from `last` are inside the ranges.
@@ -122,6 +151,38 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::copy;
+
+    /// Whichever `long` would choose here, each variant the processor has is exact.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn wide_copies_agree() {
+        let src: Vec<u8> = (0..9100u32).map(|i| (i * 37 + i / 256) as u8).collect();
+        for len in (129..600).chain([1518, 4096, 9001]) {
+            let mut dst = vec![0xee_u8; len + 16];
+            let mut check = |variant: &str, f: unsafe fn(*mut u8, *const u8, usize)| {
+                dst.fill(0xee);
+                // SAFETY: both vectors hold the ranges, and the processor has the instructions.
+                unsafe { f(dst.as_mut_ptr().add(3), src.as_ptr().add(1), len) };
+                assert_eq!(&dst[3..3 + len], &src[1..1 + len], "{variant}, len {len}");
+                assert!(
+                    dst[..3].iter().chain(&dst[3 + len..]).all(|&b| b == 0xee),
+                    "{variant}, len {len} wrote outside"
+                );
+            };
+            if std::arch::is_x86_feature_detected!("avx2") {
+                check("avx2", |d, s, n| {
+                    // SAFETY: the caller's contract, and AVX2 is there.
+                    unsafe { super::x86::avx2(d, s, n) }
+                });
+            }
+            if std::arch::is_x86_feature_detected!("avx512f") {
+                check("avx512", |d, s, n| {
+                    // SAFETY: the caller's contract, and AVX-512F is there.
+                    unsafe { super::x86::avx512(d, s, n) }
+                });
+            }
+        }
+    }
 
     #[test]
     fn copies_exactly_every_length_and_offset() {

@@ -14,10 +14,10 @@
 //!
 //! | module | job |
 //! |---|---|
-//! | [`split`], [`packed`] | one ring format each: finding chains, returning them, suppression of notifications |
-//! | [`chain`] | descriptors into mapped pieces, with the checks common to both formats |
-//! | [`receive`] | chains of the guest's transmit queue into frames |
-//! | [`transmit`] | frames into chains of the guest's receive queue |
+//! | `split`, `packed` | one ring format each: finding chains, returning them, suppression of notifications |
+//! | `chain` | descriptors into mapped pieces, with the checks common to both formats |
+//! | `receive` | chains of the guest's transmit queue into frames |
+//! | `transmit` | frames into chains of the guest's receive queue |
 #![allow(unsafe_code)] // Its job here: vouching for the ring areas that the formats are built on.
 mod chain;
 mod copy;
@@ -35,7 +35,8 @@ use ferry_dataplane::counters::{Counter, DropReason};
 use ferry_dataplane::frame::{RxBurst, TxFrame};
 use ferry_dataplane::port::TxReport;
 
-use crate::dirty_log::DirtyLog;
+use crate::base_mirror::BaseMirror;
+use crate::dirty_log::{DirtyLog, LOG_PAGE_BYTES};
 use crate::memory::{Cursor, MemoryMap};
 use crate::net_header::{feature, header_len};
 use packed::Packed;
@@ -48,6 +49,9 @@ pub const MAX_RING_SIZE: u16 = 32768;
 /// Longest chain taken, descriptors, indirect ones included: as long as QEMU's largest ring (VIRTQUEUE_MAX_SIZE). Bounds
 /// the work that one chain can cost.
 pub const MAX_CHAIN_DESCRIPTORS: u16 = 1024;
+/// Descriptors of multi-descriptor chains followed in one burst before the rest has to wait: a guest's contrived chains
+/// may not hold up the other ports. (64 frames of 64 KiB in pages, the worst sane case, have about 1200.)
+pub const MAX_BURST_DESCRIPTORS: u32 = 8192;
 /// Most separate pieces of one received frame. Linux sends at most 19, of DPDK applications up to about 60 are known.
 pub const MAX_FRAME_SEGMENTS: usize = 256;
 
@@ -67,9 +71,11 @@ pub struct RingConfig {
     /// Guest physical address under which writes to the device area are logged (SET_VRING_ADDR with VHOST_VRING_F_LOG).
     /// Without it, the address is found from the memory map.
     pub log_guest_addr: Option<u64>,
-    /// Where to go on, exactly as in SET_VRING_BASE and GET_VRING_BASE. Split: the 16-bit available index. Packed: bits 0-14
-    /// available index, 15 its wrap counter, 16-30 used index, 31 its wrap counter; the used half is only written, not
-    /// read, because no descriptor is ever in flight while a ring is stopped and some frontends leave it zero.
+    /// Where to go on, exactly as in SET_VRING_BASE and GET_VRING_BASE. Split: the 16-bit available index; a ring starts
+    /// where its used index in guest memory stands, which is the same unless a device crashed with chains in hand (they are
+    /// then found again instead of being lost). Packed: bits 0-14 available index, 15 its wrap counter, 16-30 used index, 31
+    /// its wrap counter; the used half is only written, not read, because no descriptor is ever in flight while a ring is
+    /// stopped and some frontends leave it zero.
     pub base: u32,
     /// Negotiated virtio feature bits (see [`feature`]).
     pub features: u64,
@@ -83,6 +89,8 @@ pub struct RingConfig {
     pub kick: Option<Arc<OwnedFd>>,
     /// Eventfd for errors (SET_VRING_ERR); written when the ring faults.
     pub err: Option<OwnedFd>,
+    /// Where the positions of a packed ring are stored before each burst becomes visible.
+    pub base_mirror: Option<Arc<BaseMirror>>,
 }
 
 /// Why a ring cannot be started.
@@ -308,6 +316,14 @@ impl LogBatch {
 
     #[inline]
     fn add(&mut self, gpa: u64, len: u32) {
+        // Used descriptors follow one another in few pages: one range for each page is enough.
+        if let Some(&(last, _)) = self.ranges.last()
+            && last / LOG_PAGE_BYTES == gpa / LOG_PAGE_BYTES
+            && gpa % LOG_PAGE_BYTES + u64::from(len) <= LOG_PAGE_BYTES
+            && len > 0
+        {
+            return;
+        }
         if self.ranges.len() == Self::CAPACITY {
             std::sync::atomic::fence(Ordering::SeqCst);
             self.mark();
@@ -333,8 +349,11 @@ pub(crate) struct Core {
     header_len: u32,
     /// Longest chain, descriptors.
     chain_limit: u16,
+    /// Descriptors followed in this burst, single ones not counted (see [`MAX_BURST_DESCRIPTORS`]).
+    followed: u32,
     indirect: bool,
     event_idx: bool,
+    base_mirror: Option<Arc<BaseMirror>>,
 }
 
 impl Core {
@@ -424,7 +443,7 @@ struct Area {
 impl Area {
     fn locate(&self, vring: u16, memory: &MemoryMap) -> Result<*mut u8, RingError> {
         let misaligned = RingError::Alignment { vring, area: self.name, addr: self.addr, align: self.align };
-        if self.addr % self.align != 0 {
+        if !self.addr.is_multiple_of(self.align) {
             return Err(misaligned);
         }
         let p = memory.translate_user(self.addr, self.len).ok_or(RingError::Unmapped {
@@ -434,7 +453,7 @@ impl Area {
             len: self.len,
         })?;
         // A region at an odd offset of its file could shift an aligned frontend address.
-        if p.as_ptr() as usize as u64 % self.align != 0 {
+        if !(p.as_ptr() as u64).is_multiple_of(self.align) {
             return Err(misaligned);
         }
         Ok(p.as_ptr())
@@ -486,8 +505,10 @@ impl Ring {
             features,
             header_len: header_len(features),
             chain_limit: size.min(MAX_CHAIN_DESCRIPTORS),
+            followed: 0,
             indirect: features & feature::INDIRECT_DESC != 0,
             event_idx,
+            base_mirror: config.base_mirror.clone(),
         };
         let kind = if is_packed {
             let position = packed::Position::from_base(config.base);

@@ -1,7 +1,7 @@
 //! Packed virtqueues (virtio 1.3, 2.8): one ring of descriptors that the device overwrites with used ones.
 #![allow(unsafe_code)] // Its job: atomic access to the ring in guest memory.
 use core::ptr::write_volatile;
-use core::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
+use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use ferry_dataplane::counters::DropReason;
 
@@ -115,12 +115,18 @@ impl Packed {
         unsafe { AtomicU16::from_ptr(self.desc_ptr(index).add(FLAGS).cast()) }
     }
 
-    /// 2.8.1: available when AVAIL equals the wrap counter and USED does not. Acquire: the rest is read after the flags
-    /// (2.8.21.2).
+    /// The descriptor at `at`, if it is available: 2.8.1: AVAIL equals the wrap counter and USED does not. The flags come
+    /// with the id and the length in one load; acquire: the address is read after them (2.8.21.2).
     #[inline(always)]
-    fn is_available(&self, at: Position) -> bool {
-        let flags = u16::from_le(self.flags(at.index).load(Ordering::Acquire));
-        (flags & AVAIL != 0) == at.wrap && (flags & USED != 0) != at.wrap
+    fn available(&self, at: Position) -> Option<Words> {
+        // SAFETY: inside the ring and 16-aligned.
+        let word = |i| unsafe { AtomicU64::from_ptr(self.desc_ptr(at.index).cast::<u64>().add(i)) };
+        let second = u64::from_le(word(1).load(Ordering::Acquire));
+        let flags = (second >> 48) as u16;
+        if (flags & AVAIL != 0) != at.wrap || (flags & USED != 0) == at.wrap {
+            return None;
+        }
+        Some(Words(u64::from_le(word(0).load(Ordering::Relaxed)), second))
     }
 
     /// Follows the rest of a chain: to the end even when a frame is refused on the way, because only the last descriptor
@@ -149,6 +155,7 @@ impl Packed {
                 return Err((FaultKind::ChainTooLong, u32::from(slots) + 1));
             }
             slots += 1;
+            core.followed += 1;
             place = place.add(1, self.size);
             // 2.8.8: the driver writes the head's flags last, so that the whole chain is there.
             // SAFETY: place is inside the ring.
@@ -165,7 +172,7 @@ impl Format for Packed {
         self.next_avail
     }
 
-    #[inline]
+    #[inline(always)]
     fn advance(&mut self, to: Position) {
         let taken = if to.index >= self.next_avail.index {
             to.index - self.next_avail.index
@@ -176,13 +183,9 @@ impl Format for Packed {
         self.next_avail = to;
     }
 
-    #[inline]
+    #[inline(always)]
     fn peek<S: Sink>(&mut self, core: &mut Core, at: &mut Position, sink: &mut S) -> Result<Option<Found>, Fault> {
-        if !self.is_available(*at) {
-            return Ok(None);
-        }
-        // SAFETY: positions are inside the ring.
-        let words = unsafe { Words::read(self.desc_ptr(at.index)) };
+        let Some(words) = self.available(*at) else { return Ok(None) };
         let flags = words.fourth();
         let (chain, result) = if flags & (NEXT | INDIRECT) == 0 {
             let result = chain::buffer(core, words.addr(), words.len(), flags, sink);
@@ -198,18 +201,14 @@ impl Format for Packed {
         let count = count.min(self.size);
         let mut at = self.next_avail.add(self.prefetched, self.size);
         while self.prefetched < count {
-            if !self.is_available(at) {
-                break;
-            }
-            // SAFETY: positions are inside the ring.
-            let words = unsafe { Words::read(self.desc_ptr(at.index)) };
+            let Some(words) = self.available(at) else { break };
             chain::prefetch_buffer::<S>(core, words.addr(), words.len());
             at = at.add(1, self.size);
             self.prefetched += 1;
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn put_used(&mut self, core: &mut Core, chain: Chain, len: u32) {
         let at = self.next_used;
         let p = self.desc_ptr(at.index);
@@ -236,6 +235,9 @@ impl Format for Packed {
         let (old, new) = (self.published, self.next_used);
         if old == new {
             return false;
+        }
+        if let Some(mirror) = &core.base_mirror {
+            mirror.store(old.to_bits(), new.to_bits());
         }
         // Everything else of the batch is visible before the first flags are (2.8.22).
         self.flags(old.index).store(self.first_flags.to_le(), Ordering::Release);
@@ -281,7 +283,7 @@ impl Format for Packed {
         // The wish is visible before the ring is looked at, or a kick could be missed.
         fence(Ordering::SeqCst);
         core.log_commit();
-        self.is_available(self.next_avail)
+        self.available(self.next_avail).is_some()
     }
 
     fn disarm(&mut self, core: &mut Core) {

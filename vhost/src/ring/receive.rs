@@ -3,8 +3,8 @@
 use ferry_dataplane::counters::DropReason;
 use ferry_dataplane::frame::{BURST, MAX_FRAME_BYTES, Offload, RxBurst};
 
-use super::{Chain, Core, Fault, Format, MAX_FRAME_SEGMENTS, Sink, VringCounters};
-use crate::net_header::{self, MAX_HEADER_BYTES};
+use super::{Chain, Core, Fault, Format, MAX_BURST_DESCRIPTORS, MAX_FRAME_SEGMENTS, Sink, VringCounters};
+use crate::net_header::{self, MAX_HEADER_BYTES, RawHeader};
 
 /// Shortest frame: an Ethernet header.
 const MIN_FRAME_BYTES: u32 = 14;
@@ -41,7 +41,10 @@ impl Pending {
 /// Takes a chain's pieces: the first bytes are the header, the rest is the frame.
 struct FrameSink<'a> {
     burst: &'a mut RxBurst,
-    header: [u8; MAX_HEADER_BYTES],
+    /// The header, when it came in one piece.
+    header: RawHeader,
+    /// The header's bytes so far, when it came in several.
+    scattered: [u8; MAX_HEADER_BYTES],
     /// Header bytes still to come.
     header_left: u32,
     header_len: u32,
@@ -58,17 +61,22 @@ impl Sink for FrameSink<'_> {
         let (mut addr, mut len) = (addr.cast_const(), len);
         if self.header_left > 0 {
             let n = self.header_left.min(len);
-            if n == 12 {
+            if n == self.header_len {
                 // The usual case: the whole header at once.
-                // SAFETY: `addr` has len >= 12 readable bytes; alignment 1.
-                self.header = unsafe { addr.cast::<[u8; 12]>().read() };
+                // SAFETY: `addr` has n readable bytes, 12 or 10; alignment 1.
+                self.header = unsafe {
+                    let low = u64::from_le(addr.cast::<u64>().read_unaligned());
+                    let rest = addr.add(8);
+                    let high = if n == 12 {
+                        u32::from_le(rest.cast::<u32>().read_unaligned())
+                    } else {
+                        u32::from(u16::from_le(rest.cast::<u16>().read_unaligned()))
+                    };
+                    RawHeader { low, high }
+                };
             } else {
-                // 2.7.4, 5.1.6: the header may be spread over descriptors in any way.
-                let have = (self.header_len - self.header_left) as usize;
-                if let Some(dst) = self.header.get_mut(have..have + n as usize) {
-                    // SAFETY: `addr` has n readable bytes, dst is private memory of that length.
-                    unsafe { core::ptr::copy_nonoverlapping(addr, dst.as_mut_ptr(), n as usize) };
-                }
+                // SAFETY: `addr` has n readable bytes.
+                unsafe { self.gather(addr, n) };
             }
             self.header_left -= n;
             len -= n;
@@ -93,6 +101,21 @@ impl Sink for FrameSink<'_> {
 }
 
 impl FrameSink<'_> {
+    /// 2.7.4, 5.1.6: the header may be spread over descriptors in any way.
+    ///
+    /// # Safety
+    /// `addr` has `n` readable bytes.
+    #[cold]
+    #[inline(never)]
+    unsafe fn gather(&mut self, addr: *const u8, n: u32) {
+        let have = (self.header_len - self.header_left) as usize;
+        if let Some(dst) = self.scattered.get_mut(have..have + n as usize) {
+            // SAFETY: n readable bytes by contract; dst is private memory of that length.
+            unsafe { core::ptr::copy_nonoverlapping(addr, dst.as_mut_ptr(), n as usize) };
+        }
+        self.header = RawHeader::from_bytes(self.scattered);
+    }
+
     #[inline(always)]
     fn finish(&self, features: u64) -> Result<Offload, DropReason> {
         if self.header_left > 0 {
@@ -101,7 +124,7 @@ impl FrameSink<'_> {
         if self.frame_len < MIN_FRAME_BYTES {
             return Err(DropReason::RxTooShort);
         }
-        net_header::decode(&self.header, features)
+        net_header::decode(self.header, features)
     }
 }
 
@@ -116,15 +139,21 @@ pub(super) fn receive<F: Format>(
     let mut at = queue.position();
     let mut fault = None;
     let mut bad = 0;
+    core.followed = 0;
     queue.prefetch::<FrameSink<'_>>(core, BURST as u16);
     for _ in 0..BURST {
-        if burst.is_full() || pending.is_full() || burst.segment_room() < MAX_FRAME_SEGMENTS {
+        if burst.is_full()
+            || pending.is_full()
+            || burst.segment_room() < MAX_FRAME_SEGMENTS
+            || core.followed > MAX_BURST_DESCRIPTORS
+        {
             break;
         }
         let mark = burst.segment_mark();
         let mut sink = FrameSink {
             burst,
-            header: [0; MAX_HEADER_BYTES],
+            header: RawHeader::default(),
+            scattered: [0; MAX_HEADER_BYTES],
             header_left: core.header_len,
             header_len: core.header_len,
             frame_len: 0,

@@ -141,6 +141,7 @@ impl Split {
                 return Ok(Ok(()));
             }
             followed += 1;
+            core.followed += 1;
             if followed > u32::from(core.chain_limit) {
                 return Err((FaultKind::ChainTooLong, followed));
             }
@@ -162,12 +163,12 @@ impl Format for Split {
         self.next_avail
     }
 
-    #[inline]
+    #[inline(always)]
     fn advance(&mut self, to: u16) {
         self.next_avail = to;
     }
 
-    #[inline]
+    #[inline(always)]
     fn peek<S: Sink>(&mut self, core: &mut Core, at: &mut u16, sink: &mut S) -> Result<Option<Found>, Fault> {
         if *at == self.avail_seen {
             self.refresh()?;
@@ -217,7 +218,7 @@ impl Format for Split {
         self.prefetched = self.next_avail.wrapping_add(known);
     }
 
-    #[inline]
+    #[inline(always)]
     fn put_used(&mut self, _core: &mut Core, chain: Chain, len: u32) {
         let slot = usize::from(self.next_used & (self.size - 1));
         // SAFETY: the entry lies in the used ring and is 4-aligned; the driver does not read it before the index says so.

@@ -8,8 +8,8 @@ use ferry_dataplane::frame::{BURST, TxFrame};
 use ferry_dataplane::port::TxReport;
 
 use super::copy::copy;
-use super::{Chain, Core, Fault, Format, Sink, VringCounters};
-use crate::net_header::{self, MAX_HEADER_BYTES, feature};
+use super::{Chain, Core, Fault, Format, MAX_BURST_DESCRIPTORS, Sink, VringCounters};
+use crate::net_header::{self, RawHeader, feature};
 
 /// Most pieces of guest memory, and most chains, that one frame is spread over.
 const MAX_PIECES: usize = 1024;
@@ -22,7 +22,7 @@ struct Piece {
     len: u32,
 }
 
-/// Room for one frame's pieces and chains, allocated once.
+/// Room for what a frame needs beyond its first piece and its first chain, allocated once.
 pub(crate) struct Scratch {
     pieces: Vec<Piece>,
     /// Chains with their capacities, bytes.
@@ -39,8 +39,10 @@ impl Scratch {
 }
 
 /// Collects writable pieces until there is room for `need` bytes; what comes after is checked, but not recorded.
+/// The first piece, usually the only one, stays in registers.
 struct RoomSink<'a> {
-    pieces: &'a mut Vec<Piece>,
+    first: Piece,
+    more: &'a mut Vec<Piece>,
     need: u32,
     have: u32,
 }
@@ -51,12 +53,18 @@ impl Sink for RoomSink<'_> {
 
     #[inline(always)]
     fn piece(&mut self, addr: *mut u8, gpa: u64, len: u32) -> Result<(), DropReason> {
+        if self.have == 0 {
+            let len = len.min(self.need);
+            self.first = Piece { addr, gpa, len };
+            self.have = len;
+            return Ok(());
+        }
         if self.have < self.need {
-            if self.pieces.len() == MAX_PIECES {
+            if self.more.len() == MAX_PIECES {
                 return Err(DropReason::TxBadDescriptor);
             }
             let len = len.min(self.need - self.have);
-            self.pieces.push(Piece { addr, gpa, len });
+            self.more.push(Piece { addr, gpa, len });
             self.have += len;
         }
         Ok(())
@@ -65,14 +73,14 @@ impl Sink for RoomSink<'_> {
 
 /// Writes bytes one after another into pieces.
 struct Writer<'a> {
-    pieces: core::slice::Iter<'a, Piece>,
+    more: core::slice::Iter<'a, Piece>,
     addr: *mut u8,
     left: u32,
 }
 
 impl<'a> Writer<'a> {
-    fn new(pieces: &'a [Piece]) -> Self {
-        Self { pieces: pieces.iter(), addr: core::ptr::null_mut(), left: 0 }
+    fn new(first: Piece, more: &'a [Piece]) -> Self {
+        Self { more: more.iter(), addr: first.addr, left: first.len }
     }
 
     /// # Safety
@@ -82,7 +90,7 @@ impl<'a> Writer<'a> {
         while len > 0 {
             if self.left == 0 {
                 // The pieces together hold the frame (checked before); should they not, the rest is cut off here.
-                let Some(p) = self.pieces.next() else { return };
+                let Some(p) = self.more.next() else { return };
                 (self.addr, self.left) = (p.addr, p.len);
                 continue;
             }
@@ -133,12 +141,17 @@ pub(super) fn send<F: Format>(
     queue.prefetch::<RoomSink<'_>>(core, frames.len().min(BURST) as u16);
     let mut used = 0u64;
     let mut fault = None;
+    core.followed = 0;
     for (i, frame) in frames.iter().enumerate().take(BURST) {
         if chosen >> i & 1 == 0 {
             continue;
         }
         if fault.is_some() {
             report.refuse(i, DropReason::TxNotReady);
+            continue;
+        }
+        if core.followed > MAX_BURST_DESCRIPTORS {
+            report.refuse(i, DropReason::TxQueueFull);
             continue;
         }
         match place(queue, core, scratch, frame, &mut used, counters) {
@@ -164,7 +177,7 @@ pub(super) fn send<F: Format>(
 }
 
 /// Places one frame.
-#[inline]
+#[inline(always)]
 fn place<F: Format>(
     queue: &mut F,
     core: &mut Core,
@@ -175,54 +188,100 @@ fn place<F: Format>(
 ) -> Result<(), Obstacle> {
     let header_len = core.header_len;
     let need = frame.len().saturating_add(header_len);
-    let mergeable = core.features & feature::MRG_RXBUF != 0;
     scratch.pieces.clear();
     scratch.chains.clear();
     let mut at = queue.position();
-    let mut sink = RoomSink { pieces: &mut scratch.pieces, need, have: 0 };
-    loop {
-        let before = sink.have;
-        let Some((chain, result)) = queue.peek(core, &mut at, &mut sink)? else {
-            return Err(Obstacle::Frame(DropReason::TxQueueFull));
-        };
-        let got = sink.have - before;
-        if result.is_err() || got == 0 {
-            // Returned in order, with those before it: otherwise the same chain would stop every frame of this size.
-            for (good, _) in &scratch.chains {
-                queue.put_used(core, *good, 0);
-            }
-            queue.put_used(core, chain, 0);
-            *used += scratch.chains.len() as u64 + 1;
-            queue.advance(at);
-            counters.bad_chains.add(1);
-            return Err(Obstacle::Frame(DropReason::TxBadDescriptor));
-        }
-        scratch.chains.push((chain, got));
-        if sink.have >= need {
-            break;
-        }
+    let none = Piece { addr: core::ptr::null_mut(), gpa: 0, len: 0 };
+    let mut sink = RoomSink { first: none, more: &mut scratch.pieces, need, have: 0 };
+    let Some((chain, result)) = queue.peek(core, &mut at, &mut sink)? else {
+        return Err(Obstacle::Frame(DropReason::TxQueueFull));
+    };
+    if result.is_err() || sink.have == 0 {
+        return Err(give_back(queue, core, &scratch.chains, chain, at, used, counters));
+    }
+    let first_got = sink.have;
+    if first_got < need {
         // 5.1.6.3.2: a frame is spread over several chains only with MRG_RXBUF.
-        if !mergeable || scratch.chains.len() == MAX_PIECES {
+        if core.features & feature::MRG_RXBUF == 0 {
             return Err(Obstacle::Frame(DropReason::TxTooLong));
         }
+        scratch.chains.push((chain, first_got));
+        merge(queue, core, &mut scratch.chains, &mut at, &mut sink, used, counters)?;
     }
+    let RoomSink { first, .. } = sink;
     // 5.1.6.4.1: num_buffers is 1 without MRG_RXBUF.
-    let header =
-        net_header::encode(&frame.offload, scratch.chains.len() as u16, core.features).map_err(Obstacle::Frame)?;
+    let chains = scratch.chains.len().max(1);
+    let header = net_header::encode(&frame.offload, chains as u16, core.features).map_err(Obstacle::Frame)?;
     // SAFETY: the pieces were translated from checked descriptors, hold `need` bytes together, and stay mapped until the
     // ring is stopped; the frame's own bytes are readable until its burst is released.
-    unsafe { write_frame(&scratch.pieces, &header, header_len, frame) };
+    unsafe { write_frame(first, &scratch.pieces, header, header_len, frame) };
     if core.log.is_some() {
+        core.log_data(first.gpa, first.len);
         for piece in &scratch.pieces {
             core.log_data(piece.gpa, piece.len);
         }
     }
-    for &(chain, got) in &scratch.chains {
-        queue.put_used(core, chain, got);
+    if scratch.chains.is_empty() {
+        queue.put_used(core, chain, first_got);
+    } else {
+        for &(chain, got) in &scratch.chains {
+            queue.put_used(core, chain, got);
+        }
     }
-    *used += scratch.chains.len() as u64;
+    *used += chains as u64;
     queue.advance(at);
     Ok(())
+}
+
+/// Looks for further chains until the frame has room. `chains` holds the first.
+#[inline(never)]
+fn merge<F: Format>(
+    queue: &mut F,
+    core: &mut Core,
+    chains: &mut Vec<(Chain, u32)>,
+    at: &mut F::Position,
+    sink: &mut RoomSink<'_>,
+    used: &mut u64,
+    counters: &VringCounters,
+) -> Result<(), Obstacle> {
+    while sink.have < sink.need {
+        if chains.len() == MAX_PIECES {
+            return Err(Obstacle::Frame(DropReason::TxTooLong));
+        }
+        let before = sink.have;
+        let Some((chain, result)) = queue.peek(core, at, sink)? else {
+            return Err(Obstacle::Frame(DropReason::TxQueueFull));
+        };
+        let got = sink.have - before;
+        if result.is_err() || got == 0 {
+            return Err(give_back(queue, core, chains, chain, *at, used, counters));
+        }
+        chains.push((chain, got));
+    }
+    Ok(())
+}
+
+/// Returns a malformed chain, and in front of it those that were already collected for the frame: chains go back in
+/// order, and otherwise the same chain would stop every frame of this size.
+#[cold]
+#[inline(never)]
+fn give_back<F: Format>(
+    queue: &mut F,
+    core: &mut Core,
+    chains: &[(Chain, u32)],
+    bad: Chain,
+    at: F::Position,
+    used: &mut u64,
+    counters: &VringCounters,
+) -> Obstacle {
+    for (good, _) in chains {
+        queue.put_used(core, *good, 0);
+    }
+    queue.put_used(core, bad, 0);
+    *used += chains.len() as u64 + 1;
+    queue.advance(at);
+    counters.bad_chains.add(1);
+    Obstacle::Frame(DropReason::TxBadDescriptor)
 }
 
 /// Header, head and body into the pieces.
@@ -230,15 +289,17 @@ fn place<F: Format>(
 /// # Safety
 /// The pieces are mapped, writable and hold header and frame; the frame's bytes are readable.
 #[inline(always)]
-unsafe fn write_frame(pieces: &[Piece], header: &[u8; MAX_HEADER_BYTES], header_len: u32, frame: &TxFrame<'_>) {
-    if let [only] = pieces {
-        let mut to = only.addr;
+unsafe fn write_frame(first: Piece, more: &[Piece], header: RawHeader, header_len: u32, frame: &TxFrame<'_>) {
+    if more.is_empty() {
+        let mut to = first.addr;
         // SAFETY: the one piece holds everything, so each part lies inside it.
         unsafe {
+            to.cast::<u64>().write_unaligned(header.low.to_le());
+            let rest = to.add(8);
             if header_len == 12 {
-                to.cast::<[u8; 12]>().write(*header);
+                rest.cast::<u32>().write_unaligned(header.high.to_le());
             } else {
-                copy(to, header.as_ptr(), header_len as usize);
+                rest.cast::<u16>().write_unaligned((header.high as u16).to_le());
             }
             to = to.add(header_len as usize);
             copy(to, frame.head.as_ptr(), frame.head.len());
@@ -250,10 +311,10 @@ unsafe fn write_frame(pieces: &[Piece], header: &[u8; MAX_HEADER_BYTES], header_
         }
         return;
     }
-    let mut writer = Writer::new(pieces);
+    let mut writer = Writer::new(first, more);
     // SAFETY: as the caller vouches.
     unsafe {
-        writer.write(header.as_ptr(), header_len);
+        writer.write(header.to_bytes().as_ptr(), header_len);
         writer.write(frame.head.as_ptr(), frame.head.len() as u32);
         for (src, len) in frame.body.pieces() {
             writer.write(src, len);
