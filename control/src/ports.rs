@@ -129,7 +129,7 @@ impl PortOpener {
                 extra_args: self.dpdk.extra_args.clone(),
                 ..EalConfig::default()
             };
-            tracing::info!(memory_mb = config.memory_mb, "starting DPDK {}", Eal::version());
+            tracing::info!(memory_mb = config.memory_mb, "starting {}", Eal::version());
             let eal = Eal::start(&config).map_err(|e| {
                 EngineError::new(format!("DPDK does not start: {e}"), "see the section [dpdk] of the configuration")
             })?;
