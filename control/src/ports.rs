@@ -22,6 +22,10 @@ use crate::engine::{EngineError, Opened, Opener, PortHandle, PortState};
 use crate::events::{Event, EventSender};
 
 /// A receive queue of any kind.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one per queue and rarely moved; a box would be a pointer to follow per burst"
+)]
 pub enum AnyRx {
     /// A guest's.
     Vhost(VhostRx),
