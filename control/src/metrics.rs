@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -71,7 +71,10 @@ fn counters(
 ) -> fmt::Result {
     let mut family = e.encode_descriptor(name, help, None, MetricType::Counter)?;
     for (labels, value) in values {
-        ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
+        match labels.is_empty() {
+            true => family.encode_counter::<NoLabelSet, _, u64>(&value, None)?,
+            false => ConstCounter::new(value).encode(family.encode_family(&labels)?)?,
+        }
     }
     Ok(())
 }
@@ -84,7 +87,10 @@ fn gauges(
 ) -> fmt::Result {
     let mut family = e.encode_descriptor(name, help, None, MetricType::Gauge)?;
     for (labels, value) in values {
-        ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+        match labels.is_empty() {
+            true => family.encode_gauge(&value)?,
+            false => ConstGauge::new(value).encode(family.encode_family(&labels)?)?,
+        }
     }
     Ok(())
 }

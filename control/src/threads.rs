@@ -83,3 +83,56 @@ fn text(info: &PanicHookInfo<'_>) -> String {
     let s = payload.downcast_ref::<&str>().map(|s| (*s).to_owned());
     s.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "(no message)".to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    /// Run in a process of its own by the test below.
+    #[test]
+    #[ignore = "ends the process"]
+    fn pmd_panics() {
+        install_panic_hook();
+        let harmless = std::thread::spawn(|| panic!("not a PMD thread")).join();
+        assert!(harmless.is_err());
+        println!("still here");
+        let pmd = std::thread::spawn(|| {
+            enter_pmd(3, None);
+            panic!("boom");
+        });
+        let _ = pmd.join();
+        println!("never here");
+    }
+
+    #[test]
+    fn a_panic_on_a_pmd_thread_aborts_the_process() {
+        let out = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "threads::tests::pmd_panics", "--ignored", "--nocapture", "--test-threads=1"])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&out.stdout);
+        assert_eq!(out.status.signal(), Some(libc::SIGABRT), "{said}");
+        assert!(said.contains("still here") && !said.contains("never here"), "{said}");
+    }
+
+    #[test]
+    fn cores_are_checked_and_threads_pinned() {
+        let core = *allowed().unwrap().first().unwrap() as u32;
+        check_core(core).unwrap();
+        assert!(check_core(4000).unwrap_err().contains("CPU core 4000"));
+        let of_thread = std::thread::spawn(move || {
+            enter_pmd(0, Some(core));
+            allowed().unwrap()
+        });
+        assert_eq!(of_thread.join().unwrap().into_iter().collect::<Vec<_>>(), [core as usize]);
+        // Where there is another core, control threads leave the PMD thread's.
+        let rest = std::thread::spawn(move || {
+            avoid_cores(&[core]);
+            allowed().unwrap()
+        });
+        let rest = rest.join().unwrap();
+        assert!(rest.len() == 1 || !rest.contains(&(core as usize)));
+    }
+}

@@ -9,7 +9,7 @@ use crate::config::{DEFAULT_CONFIG, DEFAULT_SOCKET};
 /// Poll-mode virtual switch for QEMU guests over vhost-user, with DPDK uplinks.
 ///
 /// Signals: SIGHUP reads the configuration again and applies what changed, wholly or not at all; SIGTERM and SIGINT stop in order.
-/// Readiness is reported to systemd (Type=notify-reload). Exit status: 0 stopped in order, 1 could not start, 2 invalid configuration.
+/// Readiness is reported to systemd (Type=notify). Exit status: 0 stopped in order, 1 could not start, 2 invalid configuration.
 #[derive(Debug, Parser)]
 #[command(name = "ferryd", version)]
 pub struct DaemonArgs {

@@ -26,7 +26,7 @@ pub const MAX_FILE_BYTES: u64 = 4 << 20;
 pub fn load(path: &Path) -> Result<Config, ConfigError> {
     let file = path.display().to_string();
     let unreadable = |message: String, fix: &str| ConfigError {
-        source: Source::default(),
+        source: Box::default(),
         problems: vec![Problem::value("", format!("{file}: {message}"), fix)],
         syntax_at: None,
     };
@@ -53,14 +53,18 @@ pub fn parse(file: &str, text: &str) -> Result<Config, ConfigError> {
         Ok(d) => d,
         Err(e) => {
             let problem = Problem::value("", e.message().trim().replace('\n', "; "), "correct the TOML syntax here");
-            return Err(ConfigError { source, problems: vec![problem], syntax_at: Some(e.span().unwrap_or(0..0)) });
+            return Err(ConfigError {
+                source: Box::new(source),
+                problems: vec![problem],
+                syntax_at: Some(e.span().unwrap_or(0..0)),
+            });
         }
     };
     let mut problems = Vec::new();
     let tree = table_to_json(document.get_ref(), "", &mut source, &mut problems);
     let fail = |source: Source, mut problems: Vec<Problem>| {
         problems.sort_by_key(|p| source.place_start(p));
-        ConfigError { source, problems, syntax_at: None }
+        ConfigError { source: Box::new(source), problems, syntax_at: None }
     };
     if !problems.is_empty() {
         return Err(fail(source, problems));

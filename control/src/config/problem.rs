@@ -160,7 +160,7 @@ impl Source {
 #[derive(Clone, Debug)]
 pub struct ConfigError {
     /// The text it came from; without file name for an API request.
-    pub source: Source,
+    pub source: Box<Source>,
     /// All problems, in the order of the file.
     pub problems: Vec<Problem>,
     /// For a syntax error: where it is.
@@ -170,7 +170,7 @@ pub struct ConfigError {
 impl ConfigError {
     /// Problems found outside a file.
     pub fn without_file(problems: Vec<Problem>) -> Self {
-        Self { source: Source::default(), problems, syntax_at: None }
+        Self { source: Box::default(), problems, syntax_at: None }
     }
 
     /// The messages, one per problem, with places where they are known.
