@@ -1,5 +1,7 @@
 //! The ports of this build: guests over vhost-user and DPDK devices, closed into one enum so that the packet path stays monomorphic.
-use std::os::unix::fs::FileTypeExt;
+use std::fs::DirBuilder;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use ferry_dataplane::frame::{RxBurst, TxFrame};
@@ -111,13 +113,27 @@ impl TxPort for AnyTx {
 pub struct PortOpener {
     events: EventSender,
     dpdk: DpdkConfig,
+    ring_state_dir: Option<PathBuf>,
     eal: Option<Eal>,
 }
 
 impl PortOpener {
-    /// An opener whose ports report to `events`.
-    pub fn new(events: EventSender, dpdk: DpdkConfig) -> Self {
-        Self { events, dpdk, eal: None }
+    /// An opener whose ports report to `events`. Positions of packed rings are kept in files under `ring_state_dir`, so that
+    /// guests with packed rings go on after a restart of the daemon: QEMU cannot restore these positions itself.
+    pub fn new(events: EventSender, dpdk: DpdkConfig, ring_state_dir: Option<PathBuf>) -> Self {
+        Self { events, dpdk, ring_state_dir, eal: None }
+    }
+
+    fn ring_state_file(&self, port: &PortConfig, v: &VhostUserConfig) -> Option<PathBuf> {
+        let dir = self.ring_state_dir.as_ref().filter(|_| v.features.packed)?;
+        if let Err(e) = DirBuilder::new().recursive(true).mode(0o700).create(dir) {
+            tracing::warn!(
+                "{} cannot be made, so guests with packed rings will not survive a restart of ferryd: {e}",
+                dir.display()
+            );
+            return None;
+        }
+        Some(dir.join(&port.name))
     }
 
     fn eal(&mut self) -> Result<&Eal, EngineError> {
@@ -148,7 +164,7 @@ impl Opener for PortOpener {
 
     fn open(&mut self, port: &PortConfig, domain: &Arc<Domain>) -> Result<Opened<AnyKinds>, EngineError> {
         match &port.kind {
-            PortKind::VhostUser(v) => open_vhost(port, v, domain, self.events.clone()),
+            PortKind::VhostUser(v) => open_vhost(port, v, domain, self.events.clone(), self.ring_state_file(port, v)),
             PortKind::Dpdk(d) => open_dpdk(port, d, self.eal()?),
         }
     }
@@ -171,12 +187,14 @@ fn open_vhost(
     v: &VhostUserConfig,
     domain: &Arc<Domain>,
     events: EventSender,
+    state_file: Option<PathBuf>,
 ) -> Result<Opened<AnyKinds>, EngineError> {
     let owner = |e: anyhow::Error| EngineError::new(e.to_string(), "correct socket_user or socket_group");
     let f = &v.features;
     let config = VhostPortConfig {
         queue_pairs: v.queue_pairs as u16,
         mtu: port.mtu,
+        state_file,
         ownership: SocketOwnership {
             mode: v.socket_mode.0,
             uid: v.socket_user.as_ref().map(resolve_user).transpose().map_err(owner)?,

@@ -258,7 +258,7 @@ mod tests {
                         }
                         guard.quiescent();
                         round += 1;
-                        if round % 1000 == 0 {
+                        if round.is_multiple_of(1000) {
                             guard.offline();
                             guard.online();
                         }

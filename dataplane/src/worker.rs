@@ -64,7 +64,6 @@ struct Router {
 }
 
 impl<K: Kinds> Worker<K> {
-    #[expect(clippy::too_many_arguments, reason = "called once, by Switch::add_pmd")]
     pub(crate) fn new(
         guard: Guard,
         forwarding: Arc<Published<Forwarding<K::Tx>>>,
@@ -109,7 +108,7 @@ impl<K: Kinds> Worker<K> {
                 Step::Busy => {
                     self.counters.busy_cycles.add(spent);
                     rounds = rounds.wrapping_add(1);
-                    if rounds % CLOCK_INTERVAL == 0 {
+                    if rounds.is_multiple_of(CLOCK_INTERVAL) {
                         self.now_ns = self.clock.now_ns();
                     }
                     last_work_ns = self.now_ns;

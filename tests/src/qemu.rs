@@ -295,7 +295,8 @@ impl Guest {
         self.attach_agent(Duration::from_secs(10), None)
     }
 
-    fn explain(&self, e: anyhow::Error) -> anyhow::Error {
+    /// Adds QEMU's messages and the end of the guest's console to an error.
+    pub fn explain(&self, e: anyhow::Error) -> anyhow::Error {
         e.context(format!("guest {}\n{}", self.name, self.logs()))
     }
 

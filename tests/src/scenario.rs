@@ -80,7 +80,7 @@ pub fn start<const N: usize>(scratch: &Scratch, base: FerrydBuilder, members: &[
     for (n, (guest, member)) in (1u8..).zip(guests.iter().zip(members)) {
         let addresses = [format!("10.0.0.{n}/24"), format!("fd00::{n}/64")];
         let mtu = member.nic.host_mtu.map(u32::from);
-        guest.configure("eth0", &[&addresses[0], &addresses[1]], mtu)?;
+        guest.configure("eth0", &[&addresses[0], &addresses[1]], mtu).map_err(|e| guest.explain(e))?;
     }
     Ok(Running { guests, ferryd })
 }

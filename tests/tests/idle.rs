@@ -38,6 +38,8 @@ fn twenty_idle_ports_use_less_than_two_percent_of_a_core() -> Outcome {
         ferryd.stats().is_ok_and(|s| s.total().frames > 1000)
     })?;
     clients.stop()?;
+    let busy = ferryd.process()?.cpu_time()?;
+    assert!(busy > before + used, "the right process was measured");
     ferryd.check_ledger()?;
     Ok(())
 }

@@ -14,12 +14,19 @@ const PACE_MB_PER_S: u32 = 12;
 const MIDDLE: Duration = Duration::from_secs(2);
 
 #[test]
-fn a_transfer_survives_crashes_of_the_switch() -> Outcome {
+fn a_transfer_over_split_rings_survives_crashes_of_the_switch() -> Outcome {
+    crash(false)
+}
+
+#[test]
+fn a_transfer_over_packed_rings_survives_crashes_of_the_switch() -> Outcome {
+    crash(true)
+}
+
+fn crash(packed: bool) -> Outcome {
     let scratch = Scratch::new()?;
-    let members = [
-        Member::new(&scratch, 1, Role::Client),
-        Member::new(&scratch, 2, Role::Server).with_nic(|nic| nic.packed = true),
-    ];
+    let members = [(1, Role::Client), (2, Role::Server)]
+        .map(|(n, role)| Member::new(&scratch, n, role).with_nic(|nic| nic.packed = packed));
     let mut running = scenario::start(&scratch, FerrydBuilder::new(), &members)?;
     let [a, b] = &running.guests;
     a.reach("10.0.0.2")?;

@@ -154,41 +154,6 @@ fn vring_settings_are_bounded() {
 }
 
 #[test]
-fn descriptor_floods_leak_nothing() {
-    let f = Fixture::new();
-    let event = eventfd();
-    let mut p = f.peer();
-    p.greet();
-    p.sync();
-    let before = open_fds();
-    for _ in 0..20 {
-        let many = [event.as_raw_fd(); 200];
-        assert_eq!(p.ack_fds(SET_VRING_KICK, &words(&[0]), &many), 1);
-        assert_eq!(p.ack_fds(SET_OWNER, &[], &many[..3]), 1);
-        assert_eq!(p.ack_fds(99, &[1; 100], &many[..30]), 1);
-        assert_eq!(p.ack_fds(SET_VRING_CALL, &words(&[1]), &many[..2]), 1);
-        assert_eq!(p.ack_fds(SET_MEM_TABLE, &memory_table(&[region(0, 4096, 0)]), &many[..32]), 1);
-        // One descriptor with every byte.
-        let bytes = encode(SET_VRING_ERR, VERSION | NEED_REPLY, &words(&[0]));
-        for byte in bytes {
-            p.raw(&[byte], &many[..16]).unwrap();
-        }
-        assert_eq!(p.receive().unwrap().u64(), 1);
-    }
-    p.sync();
-    assert_eq!(open_fds(), before);
-    assert_eq!(f.status().relay.unexpected_fds, 20 * 5);
-    // A message cut short with descriptors in it.
-    let bytes = encode(SET_VRING_KICK, VERSION, &words(&[0]));
-    p.raw(&bytes[..14], &[event.as_raw_fd(); 5]).unwrap();
-    drop(p);
-    eventually("disconnected", || !f.status().connected);
-    assert!(f.status().last_error.unwrap().contains("inside a message"));
-    assert!(open_fds() < before);
-    still_serves(&f);
-}
-
-#[test]
 fn a_message_in_single_bytes_is_a_message() {
     let f = Fixture::new();
     let mut p = f.peer();

@@ -18,47 +18,6 @@ fn bit(log: &std::fs::File, gpa: u64) -> bool {
 }
 
 #[test]
-fn memory_slots_come_and_go_under_running_rings() {
-    let f = Fixture::new();
-    let (low, high) = (memfd(MEMORY_BYTES), memfd(MEMORY_BYTES));
-    let mut p = f.peer();
-    p.greet();
-    p.send(SET_FEATURES, &words(&[BASIC]));
-    let second = region(1 << 30, MEMORY_BYTES, 0);
-    assert_eq!(p.ack_fds(ADD_MEM_REG, &single_region(region(0, MEMORY_BYTES, 0)), &[low.as_raw_fd()]), 0);
-    for index in 0..2 {
-        p.set_up_ring(index, 0);
-        p.send(SET_VRING_ENABLE, &state(index, 1));
-    }
-    f.wait_running(2);
-    for n in 0..5 {
-        offer_frame(&low, 1, n);
-    }
-    eventually("5 used", || used_index(&low, 1) == 5);
-    let before = open_fds();
-    for _ in 0..10 {
-        assert_eq!(p.ack_fds(ADD_MEM_REG, &single_region(second), &[high.as_raw_fd()]), 0);
-        assert_eq!((f.running(), f.status().memory.regions), (2, 2));
-        assert_eq!(p.ack_fds(ADD_MEM_REG, &single_region(second), &[high.as_raw_fd()]), 1, "overlaps");
-        // Older frontends attach a descriptor here.
-        assert_eq!(p.ack_fds(REM_MEM_REG, &single_region(second), &[high.as_raw_fd()]), 0);
-        assert_eq!((f.running(), f.status().memory.regions), (2, 1));
-    }
-    assert_eq!(open_fds(), before);
-    offer_frame(&low, 1, 5);
-    eventually("6 used", || used_index(&low, 1) == 6);
-    // The region the rings are in goes: they stop, and come back with it.
-    assert_eq!(p.ack(REM_MEM_REG, &single_region(region(0, MEMORY_BYTES, 0))), 0);
-    assert_eq!(f.running(), 0);
-    assert!(f.status().state.starts_with("stopped: vring"), "{}", f.status().state);
-    assert_eq!(p.ack_fds(ADD_MEM_REG, &single_region(region(0, MEMORY_BYTES, 0)), &[low.as_raw_fd()]), 0);
-    assert_eq!((f.running(), f.status().state.as_str()), (2, "running"));
-    offer_frame(&low, 1, 6);
-    eventually("7 used", || used_index(&low, 1) == 7);
-    assert_eq!(f.events.count(|e| matches!(e, PortEvent::LinkUp)), 2);
-}
-
-#[test]
 fn a_new_memory_table_takes_the_rings_and_the_log_along() {
     let f = Fixture::new();
     let memory = memfd(MEMORY_BYTES);

@@ -78,7 +78,10 @@ async fn run(config: Config, file: PathBuf, set_log_level: SetLogLevel) -> anyho
     // The file may be named relative to a directory that is left later.
     let file = std::fs::canonicalize(&file).unwrap_or(file);
     let dpdk = config.dpdk.clone();
-    let daemon = Daemon::start(config, Some(file), move |events| PortOpener::new(events, dpdk), set_log_level).await?;
+    // Beside the API's socket: in the runtime directory, which is in memory and survives a restart of the daemon only.
+    let ring_state_dir = config.api.socket.parent().map(|dir| dir.join("rings"));
+    let opener = move |events| PortOpener::new(events, dpdk, ring_state_dir);
+    let daemon = Daemon::start(config, Some(file), opener, set_log_level).await?;
     if let Some(address) = daemon.metrics_address() {
         tracing::info!("metrics on http://{address}/metrics");
     }

@@ -25,7 +25,7 @@ pub(crate) fn sample(name: &str) -> Vec<u8> {
 /// Bytes of a hexadecimal string; white space is skipped.
 pub(crate) fn hex(text: &str) -> Vec<u8> {
     let digits: Vec<u8> = text.bytes().filter(|b| !b.is_ascii_whitespace()).collect();
-    assert!(digits.len() % 2 == 0);
+    assert!(digits.len().is_multiple_of(2));
     digits.chunks(2).map(|d| u8::from_str_radix(std::str::from_utf8(d).unwrap(), 16).unwrap()).collect()
 }
 
