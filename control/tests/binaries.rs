@@ -269,10 +269,9 @@ fn ports_and_bridges_from_the_command_line() {
     assert_eq!(d.ok(&["fdb", "flush", "br0"]), "0 address(es) forgotten\n");
     assert!(d.ok(&["stats", "--check"]).ends_with("received = forwarded + dropped: 0 = 0 + 0  OK\n"));
     assert_eq!(d.ok(&["log", "debug"]), "log changed (level: \"info\" -> \"debug\")\n");
-    eventually("debug lines appear", || {
-        d.ok(&["status"]);
-        d.log().contains("DEBUG")
-    });
+    assert!(!d.log().contains("DEBUG"), "{}", d.log());
+    d.ok(&["port", "set", "vm1", "fdb_limit=13"]);
+    assert!(d.log().contains("DEBUG ferry_control::core: change port vm1"), "{}", d.log());
     d.ok(&["reload", "--discard-runtime"]);
     assert_eq!(d.json(&["status"])["not_in_file"], json!([]));
     // What is shown can be a configuration file.
