@@ -10,6 +10,7 @@
 //! miss the new log. Rings wait for it, up to [`LOG_WAIT`], because a frontend may also set the bit and never send a log.
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -593,6 +594,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         _: Option<bool>,
     ) -> CrateResult<Option<u64>> {
         let mut regions = self.regions();
+        // With several queue pairs QEMU (before 8.0) tells of each region once per pair.
+        if regions.iter().any(|known| is_same_region(known, region, &file)) {
+            return Ok(None);
+        }
         if regions.len() >= MAX_REGIONS {
             return Err(refused(format!("{MAX_REGIONS} memory regions are mapped already")));
         }
@@ -607,6 +612,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (gpa, uva, size) = (region.guest_phys_addr, region.user_addr, region.memory_size);
         regions.retain(|r| (r.guest_addr(), r.user_addr(), r.size()) != (gpa, uva, size));
         if regions.len() == before {
+            // Removed already, for another queue pair (see `add_mem_region`): what is asked for holds. A frontend
+            // without several pairs has no reason to ask twice.
+            if self.config.queue_pairs > 1 {
+                return Ok(());
+            }
             return Err(refused(format!("no memory region of {size:#x} bytes at {gpa:#x}")));
         }
         self.set_memory(regions)
@@ -782,6 +792,14 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_shmem_config(&mut self) -> CrateResult<VhostUserShMemConfig> {
         Err(refused("not offered"))
     }
+}
+
+/// True when `region` with `file` describes the mapped region `known`: the same addresses, and the same bytes of the same file.
+fn is_same_region(known: &GuestRegion, region: &VhostUserSingleMemoryRegion, file: &File) -> bool {
+    let place = (region.guest_phys_addr, region.user_addr, region.memory_size, region.mmap_offset);
+    let inode = |file: &File| file.metadata().map(|m| (m.dev(), m.ino())).ok();
+    (known.guest_addr(), known.user_addr(), known.size(), known.mmap_offset()) == place
+        && inode(file).is_some_and(|i| inode(known.file()) == Some(i))
 }
 
 fn map_region(entry: &VhostUserMemoryRegion, file: File) -> CrateResult<Arc<GuestRegion>> {
