@@ -143,7 +143,10 @@ fn memory_slots_come_and_go_under_running_rings() {
     for _ in 0..10 {
         assert_eq!(p.ack_fds(ADD_MEM_REG, &single_region(second), &[high.as_raw_fd()]), 0);
         assert_eq!((f.running(), f.status().memory.regions), (2, 2));
-        assert_eq!(p.ack_fds(ADD_MEM_REG, &single_region(second), &[high.as_raw_fd()]), 1, "overlaps");
+        // QEMU 7.2 tells of a region once per queue pair: the same bytes of the same file are no second region.
+        assert_eq!(p.ack_fds(ADD_MEM_REG, &single_region(second), &[high.as_raw_fd()]), 0);
+        assert_eq!((f.running(), f.status().memory.regions), (2, 2));
+        assert_eq!(p.ack_fds(ADD_MEM_REG, &single_region(second), &[low.as_raw_fd()]), 1, "another file: overlaps");
         // Older frontends attach a descriptor here.
         assert_eq!(p.ack_fds(REM_MEM_REG, &single_region(second), &[high.as_raw_fd()]), 0);
         assert_eq!((f.running(), f.status().memory.regions), (2, 1));

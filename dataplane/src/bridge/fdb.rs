@@ -389,7 +389,7 @@ impl Fdb {
         self.writer
             .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
             .is_ok()
-            .then_some(WriterLock(&self.writer))
+            .then(|| WriterLock(&self.writer))
     }
 
     fn write(&self) -> WriterLock<'_> {
@@ -548,6 +548,26 @@ mod loom_tests {
             }
             writer.join().unwrap();
             assert_ne!(fdb.lookup(0, b, 1), Some(1));
+        });
+    }
+
+    /// Two threads learn at once: the lock admits one, and the counts agree with the entries afterwards.
+    #[test]
+    fn there_is_one_writer_at_a_time() {
+        loom::model(|| {
+            let fdb = Arc::new(Fdb::with_buckets(1, 4, 10));
+            let other = {
+                let fdb = Arc::clone(&fdb);
+                loom::thread::spawn(move || fdb.learn(0, MacAddr::from_u64(0x0200_0000_0001), 1, 9, 1))
+            };
+            let here = fdb.learn(0, MacAddr::from_u64(0x0200_0000_0002), 2, 9, 1);
+            let there = other.join().unwrap();
+            let learned = [here, there].iter().filter(|&&l| l == Learned::New).count() as u32;
+            assert!(learned >= 1);
+            assert_eq!(fdb.stats().entries, learned);
+            assert_eq!(fdb.port_count(1) + fdb.port_count(2), learned);
+            // A lock that was not got must not be given back.
+            assert!(!fdb.writer.load(Ordering::SeqCst));
         });
     }
 }
