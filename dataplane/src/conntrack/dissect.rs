@@ -456,8 +456,7 @@ fn walk(
                 // RFC 6946: offset 0 and nothing following is a whole packet.
                 if offset != 0 || more {
                     let identification = u32::from_be_bytes([i0, i1, i2, i3]);
-                    let fragment =
-                        UpperFragment { identification, offset, more, data_offset: at + 8, announced_at };
+                    let fragment = UpperFragment { identification, offset, more, data_offset: at + 8, announced_at };
                     if offset == 0 {
                         first_is_whole(packet, at + 8, end, IpProto(next))?;
                     }
@@ -498,11 +497,7 @@ fn walk_after_fragment(packet: &Packet<'_>, start: usize, end: usize, first: IpP
             return Err(BAD_TRANSPORT);
         }
         let &[next, len] = header::<2>(packet, at, BAD_TRANSPORT)?;
-        at += if proto == IpProto::AUTHENTICATION {
-            (usize::from(len) + 2) * 4
-        } else {
-            (usize::from(len) + 1) * 8
-        };
+        at += if proto == IpProto::AUTHENTICATION { (usize::from(len) + 2) * 4 } else { (usize::from(len) + 1) * 8 };
         proto = IpProto(next);
     }
     if proto == IpProto::FRAGMENT {

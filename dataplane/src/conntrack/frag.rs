@@ -237,8 +237,7 @@ impl FragmentQueue {
         let Some(unfinished) = self.slots.get_mut(slot as usize) else {
             return self.refuse(None, FragmentRefusal::Full);
         };
-        let piece =
-            Piece { offset, end, frame_len: packet.len() as u32, data_offset: f.data_offset, first_block };
+        let piece = Piece { offset, end, frame_len: packet.len() as u32, data_offset: f.data_offset, first_block };
         let at = unfinished.pieces.partition_point(|p| p.offset < offset);
         unfinished.pieces.insert(at, piece);
         unfinished.received += end - offset;
@@ -372,7 +371,14 @@ impl FragmentQueue {
     }
 
     /// Appends `skip..` of a piece's frame to the scratch buffer.
-    fn gather(scratch: &mut Vec<u8>, blocks: &[[u8; BLOCK_BYTES]], next: &[u32], piece: &Piece, skip: usize, len: usize) {
+    fn gather(
+        scratch: &mut Vec<u8>,
+        blocks: &[[u8; BLOCK_BYTES]],
+        next: &[u32],
+        piece: &Piece,
+        skip: usize,
+        len: usize,
+    ) {
         let mut block = piece.first_block;
         let mut at = 0;
         while let Some(bytes) = blocks.get(block as usize) {
@@ -429,14 +435,7 @@ impl FragmentQueue {
         if let Some(u) = self.slots.get(datagram.0 as usize).filter(|u| u.in_use) {
             for piece in &u.pieces {
                 self.scratch.clear();
-                Self::gather(
-                    &mut self.scratch,
-                    &self.blocks,
-                    &self.next_block,
-                    piece,
-                    0,
-                    piece.frame_len as usize,
-                );
+                Self::gather(&mut self.scratch, &self.blocks, &self.next_block, piece, 0, piece.frame_len as usize);
                 output(&self.scratch);
             }
         }

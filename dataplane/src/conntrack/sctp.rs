@@ -156,11 +156,7 @@ impl Sctp {
     fn load(conn: &Connection) -> Self {
         let &[a, b, bits, ..] = conn.words();
         let way = if bits & 8 == 0 { Way::Original } else { Way::Reply };
-        Self {
-            tags: [a, b],
-            init: [bits & 1 != 0, bits & 2 != 0],
-            heartbeat_failed: (bits & 4 != 0).then_some(way),
-        }
+        Self { tags: [a, b], init: [bits & 1 != 0, bits & 2 != 0], heartbeat_failed: (bits & 4 != 0).then_some(way) }
     }
 
     fn store(&self, conn: &mut Connection) {

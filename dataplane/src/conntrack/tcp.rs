@@ -588,13 +588,7 @@ pub(super) fn track(
 
 /// A segment that fits nothing we know but may well fit what the endpoints know. Remembered, passed. When a SYN-ACK answers a
 /// SYN remembered so, the endpoints are in step and we are not: take over from them, and say from which state to which.
-fn ignore(
-    tcp: &mut Tcp,
-    segment: &Segment<'_>,
-    kind: Kind,
-    way: Way,
-    old: TcpState,
-) -> Option<(TcpState, TcpState)> {
+fn ignore(tcp: &mut Tcp, segment: &Segment<'_>, kind: Kind, way: Way, old: TcpState) -> Option<(TcpState, TcpState)> {
     if kind == Kind::SynAck && tcp.last_kind == Kind::Syn && tcp.last_way != way && segment.ack == tcp.last_end {
         tcp.last_flags &= !CHALLENGE_EXPECTED;
         let (end, window, scale) = (tcp.last_end, u32::from(tcp.last_window).max(1), tcp.last_scale);
@@ -687,14 +681,7 @@ enum Fit {
     Invalid,
 }
 
-fn window(
-    tcp: &mut Tcp,
-    segment: &Segment<'_>,
-    kind: Kind,
-    way: Way,
-    state: TcpState,
-    config: &TrackConfig,
-) -> Fit {
+fn window(tcp: &mut Tcp, segment: &Segment<'_>, kind: Kind, way: Way, state: TcpState, config: &TrackConfig) -> Fit {
     let syn = segment.flags.contains(Flags::SYN);
     let has_ack = segment.flags.contains(Flags::ACK);
     let rst = segment.flags.contains(Flags::RST);

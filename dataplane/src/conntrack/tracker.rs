@@ -252,13 +252,7 @@ fn apply(conn: &mut Connection, facts: &Facts<'_>, way: Way, fresh: bool, config
     }
 }
 
-fn follow<T: ConnTable>(
-    table: &mut T,
-    config: &TrackConfig,
-    dither: u32,
-    facts: &Facts<'_>,
-    now_ms: u64,
-) -> Tracked {
+fn follow<T: ConnTable>(table: &mut T, config: &TrackConfig, dither: u32, facts: &Facts<'_>, now_ms: u64) -> Tracked {
     let flow = facts.flow;
     let mut attempt = 0;
     loop {
