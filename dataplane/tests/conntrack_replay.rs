@@ -1,8 +1,11 @@
 //! Ferry's connection tracking against conversations recorded from Linux.
+#![allow(unsafe_code)] // Lends private buffers to a burst, as a port would.
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use ferry_dataplane::testing::replay::{Difference, compare, read, replay_document};
+use ferry_dataplane::conntrack::{Checksum, Judgement, ModelTable, Packet, Toward, TrackConfig, Tracker};
+use ferry_dataplane::frame::{Offload, RxBurst};
+use ferry_dataplane::testing::replay::{Difference, compare, read, replay_document, unhex};
 use serde_json::Value;
 
 fn data(name: &str) -> PathBuf {
@@ -59,9 +62,65 @@ fn recorded_expiry() {
 }
 
 #[test]
+fn recorded_walks() {
+    check("kernel-walks.json.gz");
+}
+
+#[test]
 fn own_results_agree_with_themselves() {
     let doc = read(&data("kernel-expiry.json")).unwrap();
     let own: Value = replay_document(&doc).unwrap();
     assert_eq!(own["engine"], "ferry");
     assert_eq!(compare(&own).unwrap(), []);
+}
+
+/// A frame of which only the headers lie in private memory, the rest in pieces in a port's, is judged as one that is whole.
+#[test]
+fn split_frames_are_judged_alike() {
+    let mut frames = 0;
+    for file in ["kernel-vectors.json.gz", "kernel-walks.json.gz"] {
+        let doc = read(&data(file)).unwrap();
+        for scenario in doc["scenarios"].as_array().unwrap() {
+            let mut whole = Tracker::new(ModelTable::new(100), TrackConfig::default());
+            let mut split = Tracker::new(ModelTable::new(100), TrackConfig::default());
+            for (n, step) in scenario["steps"].as_array().unwrap().iter().enumerate() {
+                let frame = unhex(step["frame"].as_str().unwrap()).unwrap();
+                let toward = if step["in"] == "A" { Toward::Egress } else { Toward::Ingress };
+                let mut burst = RxBurst::new();
+                for piece in frame.chunks(61 + n % 7) {
+                    // SAFETY: `frame` outlives the burst.
+                    unsafe { burst.push_segment(piece.as_ptr(), piece.len() as u32) };
+                }
+                assert!(burst.finish_frame(0, Offload::default()));
+                let mut head = (n * 13) % 60;
+                let mut judge_split = || loop {
+                    let head_len = head.min(frame.len());
+                    let body = burst.body(0, head_len as u32);
+                    let packet = Packet { head: &frame[..head_len], body, toward, checksum: Checksum::Verify };
+                    match split.track(&packet, 0) {
+                        Judgement::NeedMore { bytes } => {
+                            assert!(bytes as usize > head && bytes as usize <= frame.len(), "asks for what is there");
+                            head = bytes as usize;
+                        }
+                        other => break other,
+                    }
+                };
+                let (a, b) = (judge_split(), whole.track(&Packet::whole(&frame, toward, Checksum::Verify), 0));
+                let state = |j: &Judgement| match j {
+                    Judgement::Tracked(t) => format!("{:?} {:?}", t.state, t.invalid),
+                    other => format!("{other:?}"),
+                };
+                assert_eq!(state(&a), state(&b), "{} step {n}", scenario["name"]);
+                for (tracker, judgement) in [(&mut split, a), (&mut whole, b)] {
+                    let Judgement::Tracked(t) = judgement else { continue };
+                    tracker.confirm(&t, 0).unwrap();
+                    if let Some(datagram) = t.datagram {
+                        tracker.fragments().release(datagram, |_| {});
+                    }
+                }
+                frames += 1;
+            }
+        }
+    }
+    assert!(frames > 6000);
 }

@@ -208,7 +208,9 @@ fn open(packet: &SctpPacket) -> Option<Sctp> {
                 *sctp.tag(Way::Reply) = packet.init_tag?;
             }
             ChunkType::HEARTBEAT => *sctp.tag(Way::Original) = packet.tag,
-            _ => *sctp.tag(Way::Reply) = packet.tag,
+            // It is answered by a SHUTDOWN COMPLETE with the same tag (RFC 9260, 8.4, 5).
+            ChunkType::SHUTDOWN_ACK => *sctp.tag(Way::Reply) = packet.tag,
+            _ => {}
         }
     }
     Some(sctp)
@@ -265,7 +267,7 @@ pub(super) fn track(
             break;
         };
         new = to;
-        if !agree(&mut sctp, packet, *chunk, way) {
+        if !agree(&mut sctp, packet, *chunk, way, old) {
             why = Some(Invalid::VerificationTag);
             break;
         }
@@ -346,7 +348,7 @@ fn check(sctp: &mut Sctp, packet: &SctpPacket, chunk: ChunkType, flags: u8, way:
 }
 
 /// Notes the tags that INIT and INIT ACK announce; false when they contradict what is known.
-fn agree(sctp: &mut Sctp, packet: &SctpPacket, chunk: ChunkType, way: Way) -> bool {
+fn agree(sctp: &mut Sctp, packet: &SctpPacket, chunk: ChunkType, way: Way, old: SctpState) -> bool {
     if chunk != ChunkType::INIT && chunk != ChunkType::INIT_ACK {
         return true;
     }
@@ -354,10 +356,13 @@ fn agree(sctp: &mut Sctp, packet: &SctpPacket, chunk: ChunkType, way: Way) -> bo
     let other = way.reverse();
     let (own_init, other_init, known) = (*sctp.init(way), *sctp.init(other), *sctp.tag(other));
     if chunk == ChunkType::INIT {
-        if own_init && other_init {
-            *sctp.init(other) = false;
+        // One that announces what is known already is late or repeated: no new handshake.
+        if old == SctpState::None || known != announced {
+            if own_init && other_init {
+                *sctp.init(other) = false;
+            }
+            *sctp.init(way) = true;
         }
-        *sctp.init(way) = true;
     } else {
         // An INIT ACK must repeat what was agreed on, and in a collision of INITs what the other INIT announced.
         let bound = if other_init { own_init } else { known != 0 };

@@ -69,6 +69,7 @@ pub trait ConnTable {
 pub struct ModelTable {
     entries: HashMap<Key, Connection>,
     capacity: usize,
+    cursor: usize,
     /// Entries evicted for others.
     pub evicted: u64,
 }
@@ -76,7 +77,7 @@ pub struct ModelTable {
 impl ModelTable {
     /// A table for `capacity` connections.
     pub fn new(capacity: usize) -> Self {
-        Self { entries: HashMap::new(), capacity, evicted: 0 }
+        Self { entries: HashMap::new(), capacity, cursor: 0, evicted: 0 }
     }
 
     /// All entries, in no order.
@@ -146,16 +147,19 @@ impl ConnTable for ModelTable {
     }
 
     fn expire(&mut self, now_ms: u64, budget: usize) -> usize {
-        let before = self.entries.len();
-        let mut left = budget;
+        // Goes on where the last call stopped; the order changes only when entries come and go.
+        let len = self.entries.len();
+        let from = if self.cursor >= len { 0 } else { self.cursor };
+        let to = from.saturating_add(budget).min(len);
+        let mut at = 0;
         self.entries.retain(|_, c| {
-            if left == 0 {
-                return true;
-            }
-            left -= 1;
-            !c.is_expired(now_ms)
+            let looked_at = (from..to).contains(&at);
+            at += 1;
+            !(looked_at && c.is_expired(now_ms))
         });
-        before - self.entries.len()
+        let gone = len - self.entries.len();
+        self.cursor = to - gone;
+        gone
     }
 
     fn len(&self) -> usize {

@@ -663,7 +663,7 @@ fn reset(
         return Reset::Doubtful;
     }
     // It answers a segment that was let through unjudged: the windows know nothing of it.
-    let answers_ignored = ((conn.seen_reply() && tcp.last_kind == Kind::Syn)
+    let answers_ignored = ((conn.seen_reply() && tcp.last_kind == Kind::Syn && tcp.last_way != way)
         || (!conn.assured() && tcp.last_kind == Kind::Ack))
         && segment.ack == tcp.last_end;
     let answers_challenge = old == TcpState::SynSent
