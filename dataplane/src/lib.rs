@@ -6,6 +6,7 @@
 
 pub mod bridge;
 pub mod clock;
+pub mod conntrack;
 pub mod counters;
 pub mod frame;
 pub mod fuzzing;

@@ -560,9 +560,11 @@ mod loom_tests {
                 let fdb = Arc::clone(&fdb);
                 loom::thread::spawn(move || fdb.learn(0, MacAddr::from_u64(0x0200_0000_0001), 1, 9, 1))
             };
-            let here = fdb.learn(0, MacAddr::from_u64(0x0200_0000_0002), 2, 9, 1);
+            // Twice: a refused first try must not open the door for the second.
+            let first = fdb.learn(0, MacAddr::from_u64(0x0200_0000_0002), 2, 9, 1);
+            let second = fdb.learn(0, MacAddr::from_u64(0x0200_0000_0003), 2, 9, 1);
             let there = other.join().unwrap();
-            let learned = [here, there].iter().filter(|&&l| l == Learned::New).count() as u32;
+            let learned = [first, second, there].iter().filter(|&&l| l == Learned::New).count() as u32;
             assert!(learned >= 1);
             assert_eq!(fdb.stats().entries, learned);
             assert_eq!(fdb.port_count(1) + fdb.port_count(2), learned);

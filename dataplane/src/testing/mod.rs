@@ -1,5 +1,7 @@
 //! Ports in private memory, for tests and micro-benchmarks of the packet path without I/O.
 #![allow(unsafe_code)] // Its job: lending private buffers to a burst.
+#[cfg(feature = "testing")]
+pub mod replay;
 pub mod synthetic;
 
 use std::collections::VecDeque;

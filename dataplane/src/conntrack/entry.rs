@@ -1,0 +1,278 @@
+//! One connection, as it lies in a table.
+use super::config::MAX_TIMEOUT_MS;
+use super::key::{Key, Toward, Way};
+
+const STATE: u8 = 0x0f;
+const OPENED_BY_REMOTE: u8 = 0x10;
+const SEEN_REPLY: u8 = 0x20;
+const ASSURED: u8 = 0x40;
+
+/// A connection: plain data, 120 bytes, copied in and out of a table as a whole.
+///
+/// The protocol's own state is 48 bytes of words which only the protocol's module reads: windows for TCP, verification tags for SCTP,
+/// the time of the first packet for UDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Connection {
+    /// Identity.
+    pub key: Key,
+    /// When the entry expires, milliseconds of a clock that wraps at 32 bits.
+    expires_ms: u32,
+    /// Raised by the table whenever it stores the entry; the higher one is the newer.
+    pub version: u32,
+    /// The policy's generation under which [`Self::decision`] was taken; 0 for never.
+    pub policy_generation: u32,
+    words: [u32; 12],
+    traffic: [Traffic; 2],
+    /// What the policy said.
+    pub decision: Decision,
+    retrans: u8,
+    status: u8,
+}
+
+const _: () = assert!(size_of::<Connection>() == 120 && align_of::<Connection>() == 4);
+
+impl Connection {
+    /// A connection that a packet travelling `toward` opens. Expires at once unless given a time.
+    pub(super) fn new(key: Key, toward: Toward) -> Self {
+        Self {
+            key,
+            expires_ms: 0,
+            version: 0,
+            policy_generation: 0,
+            words: [0; 12],
+            traffic: [Traffic::default(); 2],
+            decision: Decision::default(),
+            retrans: 0,
+            status: if toward == Toward::Ingress { OPENED_BY_REMOTE } else { 0 },
+        }
+    }
+
+    /// The direction of the packet that opened the connection.
+    #[inline]
+    pub fn opened(&self) -> Toward {
+        if self.status & OPENED_BY_REMOTE != 0 { Toward::Ingress } else { Toward::Egress }
+    }
+
+    /// A packet's direction within this connection.
+    #[inline]
+    pub fn way(&self, toward: Toward) -> Way {
+        if toward == self.opened() { Way::Original } else { Way::Reply }
+    }
+
+    /// A packet in the reply direction has been seen.
+    #[inline]
+    pub fn seen_reply(&self) -> bool {
+        self.status & SEEN_REPLY != 0
+    }
+
+    #[inline]
+    pub(super) fn set_seen_reply(&mut self) {
+        self.status |= SEEN_REPLY;
+    }
+
+    /// Known to be a real connection rather than a probe: not evicted while others can be.
+    #[inline]
+    pub fn assured(&self) -> bool {
+        self.status & ASSURED != 0
+    }
+
+    #[inline]
+    pub(super) fn set_assured(&mut self) {
+        self.status |= ASSURED;
+    }
+
+    /// The protocol's state number: [`super::TcpState`] or [`super::SctpState`]; 0 for other protocols.
+    #[inline]
+    pub fn state(&self) -> u8 {
+        self.status & STATE
+    }
+
+    #[inline]
+    pub(super) fn set_state(&mut self, state: u8) {
+        self.status = (self.status & !STATE) | (state & STATE);
+    }
+
+    /// State, answered, assured: what makes a change worth telling others.
+    #[inline]
+    pub(super) fn status(&self) -> u8 {
+        self.status
+    }
+
+    #[inline]
+    pub(super) fn words(&self) -> &[u32; 12] {
+        &self.words
+    }
+
+    #[inline]
+    pub(super) fn set_words(&mut self, words: [u32; 12]) {
+        self.words = words;
+    }
+
+    #[inline]
+    pub(super) fn retrans(&self) -> u8 {
+        self.retrans
+    }
+
+    #[inline]
+    pub(super) fn set_retrans(&mut self, retrans: u8) {
+        self.retrans = retrans;
+    }
+
+    /// Makes the entry expire `timeout_ms` from now.
+    #[inline]
+    pub fn refresh(&mut self, now_ms: u64, timeout_ms: u32) {
+        self.expires_ms = (now_ms as u32).wrapping_add(timeout_ms.min(MAX_TIMEOUT_MS));
+    }
+
+    /// Milliseconds until the entry expires; 0 when it has.
+    #[inline]
+    pub fn remaining_ms(&self, now_ms: u64) -> u32 {
+        let left = self.expires_ms.wrapping_sub(now_ms as u32) as i32;
+        if left > 0 { left as u32 } else { 0 }
+    }
+
+    /// The time is over: to be treated as if it were not there.
+    #[inline]
+    pub fn is_expired(&self, now_ms: u64) -> bool {
+        self.remaining_ms(now_ms) == 0
+    }
+
+    /// Packets and bytes seen in one direction.
+    #[inline]
+    pub fn traffic(&self, way: Way) -> Traffic {
+        let [original, reply] = self.traffic;
+        match way {
+            Way::Original => original,
+            Way::Reply => reply,
+        }
+    }
+
+    #[inline]
+    pub(super) fn account(&mut self, way: Way, bytes: u32, dither: u32) {
+        let [original, reply] = &mut self.traffic;
+        let traffic = match way {
+            Way::Original => original,
+            Way::Reply => reply,
+        };
+        traffic.packets.add(1, dither);
+        traffic.bytes.add(bytes, dither);
+    }
+}
+
+/// Packets and bytes of one direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Packets.
+    pub packets: Tally,
+    /// Bytes of IP packets.
+    pub bytes: Tally,
+}
+
+/// A counter in 32 bits: exact up to 2^27 (134 million), from then on a floating-point number of 27 bits that is right on average
+/// (what falls below its unit is added with the probability of its share), with a relative error below 1e-6. Goes up to 2^58.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally(u32);
+
+impl Tally {
+    const MANTISSA_BITS: u32 = 27;
+    const MANTISSA: u32 = (1 << Self::MANTISSA_BITS) - 1;
+
+    /// The count.
+    #[inline]
+    pub fn get(self) -> u64 {
+        u64::from(self.0 & Self::MANTISSA) << (self.0 >> Self::MANTISSA_BITS)
+    }
+
+    /// Adds `n`; `dither` is any number that is evenly distributed.
+    #[inline]
+    pub fn add(&mut self, n: u32, dither: u32) {
+        let mut exponent = self.0 >> Self::MANTISSA_BITS;
+        let below = (1u64 << exponent) - 1;
+        let units = (u64::from(n) + (u64::from(dither) & below)) >> exponent;
+        let mut mantissa = u64::from(self.0 & Self::MANTISSA) + units;
+        while mantissa > u64::from(Self::MANTISSA) {
+            if exponent == 31 {
+                self.0 = u32::MAX;
+                return;
+            }
+            mantissa >>= 1;
+            exponent += 1;
+        }
+        self.0 = (exponent << Self::MANTISSA_BITS) | mantissa as u32;
+    }
+}
+
+/// A policy's decision in 16 bits: what to do, and where to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Decision(pub u16);
+
+impl Decision {
+    /// The highest output number.
+    pub const MAX_OUTPUT: u16 = 0x3fff;
+
+    /// `verdict` 0 to 3 and an output number; both are clipped to their bits.
+    #[inline]
+    pub const fn new(verdict: u8, output: u16) -> Self {
+        Self(((verdict as u16) << 14) | (output & Self::MAX_OUTPUT))
+    }
+
+    /// What to do: 0 is "not decided"; the rest is the policy's.
+    #[inline]
+    pub const fn verdict(self) -> u8 {
+        (self.0 >> 14) as u8
+    }
+
+    /// Output number.
+    #[inline]
+    pub const fn output(self) -> u16 {
+        self.0 & Self::MAX_OUTPUT
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tally_is_exact_then_right_on_average() {
+        let mut t = Tally::default();
+        for i in 0..1000u64 {
+            assert_eq!(t.get(), i * 1500);
+            t.add(1500, u32::MAX);
+        }
+        let mut t = Tally::default();
+        let mut x = 1u32;
+        let mut exact = 0u64;
+        for _ in 0..3_000_000 {
+            x ^= x << 13;
+            x ^= x >> 17;
+            x ^= x << 5;
+            t.add(1500, x);
+            exact += 1500;
+        }
+        assert!(t.get().abs_diff(exact) < exact / 100_000, "{} for {exact}", t.get());
+        let mut t = Tally(u32::MAX - 1);
+        for _ in 0..100 {
+            t.add(u32::MAX, u32::MAX);
+        }
+        assert_eq!(t.get(), u64::from(Tally::MANTISSA) << 31);
+    }
+
+    #[test]
+    fn expiry_survives_the_wrap_of_its_clock() {
+        use crate::packet::IpProto;
+        use core::net::{IpAddr, Ipv4Addr};
+        let a = (IpAddr::V4(Ipv4Addr::LOCALHOST), 1);
+        let mut c = Connection::new(Key::new(Toward::Ingress, 0, IpProto::UDP, a, a), Toward::Ingress);
+        let now = u64::from(u32::MAX) - 500;
+        c.refresh(now, 1000);
+        assert_eq!(c.remaining_ms(now), 1000);
+        assert_eq!(c.remaining_ms(now + 999), 1);
+        assert!(!c.is_expired(now + 999));
+        assert!(c.is_expired(now + 1000));
+        c.refresh(now, u32::MAX);
+        assert!(!c.is_expired(now + 20 * 86_400_000));
+    }
+}
