@@ -7,6 +7,7 @@
 pub mod bridge;
 pub mod clock;
 pub mod counters;
+pub mod firewall;
 pub mod frame;
 pub mod offload;
 pub mod output;
