@@ -56,8 +56,9 @@ pub(crate) struct RuleRef {
 
 pub(crate) const BUILTIN_GROUP: u32 = u32::MAX;
 
-/// All rules for one remote.
+/// All rules for one remote. 32 bytes, so that it is in one cache line.
 #[derive(Clone, Copy, Debug)]
+#[repr(align(32))]
 pub(crate) struct Node {
     /// Node of the next shorter prefix, or [`NO_PREFIX`].
     pub parent: u32,
@@ -67,9 +68,18 @@ pub(crate) struct Node {
     pub chain_best: u32,
     /// Best rule that is for all protocols.
     pub any: u32,
-    /// Its protocols: first, and how many.
-    pub protocols: (u32, u32),
+    /// Its first protocol. Where `single` is [`NO_PROTOCOL`]: index in [`Table::protocols`]; else that only rule's rank.
+    pub first: u32,
+    /// Number of entries in [`Table::protocols`].
+    pub count: u16,
+    /// The protocol of the only rule that is for one protocol: the usual case by far, which needs no further memory access.
+    pub single: u16,
+    /// Its range of destination ports.
+    pub range: (u16, u16),
 }
+
+/// Not a protocol number.
+pub(crate) const NO_PROTOCOL: u16 = u16::MAX;
 
 /// All rules for one remote and protocol.
 #[derive(Clone, Copy, Debug)]
@@ -102,8 +112,10 @@ pub(crate) struct Table<A> {
     pub index: PrefixIndex<A>,
     /// Nodes of the prefixes, in the order of the index; then those of sets.
     pub nodes: Box<[Node]>,
-    /// Nodes of sets, by ascending number.
+    /// Sets that have a node, and where, by ascending number.
     pub sets: Box<[(SetId, u32)]>,
+    /// The same as a hash table, at most a quarter full: its size is a power of two.
+    pub set_slots: Box<[(SetId, u32)]>,
     /// Best rank in any set's node.
     pub sets_best: u32,
     pub protocols: Box<[ProtocolEntry]>,
@@ -372,6 +384,7 @@ impl<A: Address> TableBuilder<A> {
         Table {
             index,
             nodes: parts.nodes.into(),
+            set_slots: set_slots(&sets),
             sets,
             sets_best,
             protocols: parts.protocols.into(),
@@ -393,17 +406,35 @@ struct Parts {
 
 impl Parts {
     fn add_node(&mut self, builder: NodeBuilder, parent: u32) {
-        let first = self.protocols.len() as u32;
-        let mut best = builder.any;
-        for (number, protocol) in builder.protocols {
-            let entry = self.protocol(number, protocol);
-            best = best.min(entry.best);
-            self.protocols.push(entry);
+        let mut node = Node {
+            parent,
+            best: builder.any,
+            chain_best: 0,
+            any: builder.any,
+            first: self.protocols.len() as u32,
+            count: 0,
+            single: NO_PROTOCOL,
+            range: (0, 0),
+        };
+        let mut protocols = builder.protocols.iter();
+        if let (Some((number, ProtocolBuilder { ranges, pairs, .. })), None) = (protocols.next(), protocols.next())
+            && let ([only], []) = (ranges.as_slice(), pairs.as_slice())
+        {
+            node.best = node.best.min(only.rank);
+            node.first = only.rank;
+            node.single = u16::from(*number);
+            node.range = (only.first, only.last);
+        } else {
+            for (number, protocol) in builder.protocols {
+                let entry = self.protocol(number, protocol);
+                node.best = node.best.min(entry.best);
+                node.count += 1;
+                self.protocols.push(entry);
+            }
         }
         // Parents come before their children.
-        let above = self.nodes.get(parent as usize).map_or(NO_RANK, |p| p.chain_best);
-        let protocols = (first, self.protocols.len() as u32 - first);
-        self.nodes.push(Node { parent, best, chain_best: best.min(above), any: builder.any, protocols });
+        node.chain_best = self.nodes.get(parent as usize).map_or(node.best, |p| p.chain_best.min(node.best));
+        self.nodes.push(node);
     }
 
     fn protocol(&mut self, protocol: u8, builder: ProtocolBuilder) -> ProtocolEntry {
@@ -446,11 +477,34 @@ impl Parts {
     }
 }
 
+/// Where the search for a set begins in a table of `size` slots.
+#[inline(always)]
+pub(crate) fn set_slot(id: SetId, size: usize) -> usize {
+    // Numbers are given in sequence: nobody chooses them.
+    (id.0.wrapping_mul(0x9e37_79b1) >> 16) as usize & size.wrapping_sub(1)
+}
+
+fn set_slots(sets: &[(SetId, u32)]) -> Box<[(SetId, u32)]> {
+    let size = if sets.is_empty() { 0 } else { (sets.len() * 4).next_power_of_two() };
+    let mut slots = vec![(SetId(u32::MAX), NO_PREFIX); size].into_boxed_slice();
+    for set in sets {
+        let mut at = set_slot(set.0, size);
+        while slots.get(at).is_some_and(|(_, node)| *node != NO_PREFIX) {
+            at = (at + 1) & (size - 1);
+        }
+        if let Some(slot) = slots.get_mut(at) {
+            *slot = *set;
+        }
+    }
+    slots
+}
+
 impl<A: Address> Table<A> {
     fn memory_bytes(&self) -> usize {
         self.index.memory_bytes()
             + size_of_val(&*self.nodes)
             + size_of_val(&*self.sets)
+            + size_of_val(&*self.set_slots)
             + size_of_val(&*self.protocols)
             + size_of_val(&*self.trees)
             + size_of_val(&*self.tree_maps)

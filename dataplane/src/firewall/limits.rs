@@ -448,7 +448,7 @@ impl VmLimits {
             IpAddr::V6(a) => a.to_bits(),
         };
         let low = fold(bits as u64 ^ self.seed, 0x9e37_79b9_7f4a_7c15);
-        let hash = fold(low ^ (bits >> 64) as u64, self.seed.rotate_left(29) | 1);
+        let hash = fold(low ^ (bits >> 64) as u64 ^ self.seed.rotate_left(29), 0xd6e8_feb8_6659_fd93);
         let first = (hash as usize & self.places.len().saturating_sub(1)) & !(WAYS - 1);
         (first, ((hash >> 32) as u32).max(1))
     }
@@ -508,7 +508,8 @@ impl VmLimits {
         let (first, tag) = self.place_of(source);
         let (c, h) = (u16::from(connection), u16::from(half_open));
         for cell in self.set_of(first) {
-            // A source has a place per race that two threads had for its first one: the count is in one of them.
+            // Two threads that raced for a source's first place may have given it two: the count is in one of them. The retry
+            // inside ends: each failure means that another thread got on.
             let taken = cell.fetch_update(Relaxed, Relaxed, |bits| {
                 let place = Place::from_bits(bits);
                 let place = Place {

@@ -3,10 +3,10 @@ use core::net::IpAddr;
 
 use serde::Serialize;
 
-use super::address_sets::{AddressIndex, SetLists};
-use super::compile::{BUILTIN_GROUP, CompiledPolicy, Node, Outcome, ProtocolEntry, Table};
+use super::address_sets::{AddressIndex, SetId, SetLists};
+use super::compile::{BUILTIN_GROUP, CompiledPolicy, NO_PROTOCOL, Node, Outcome, ProtocolEntry, Table, set_slot};
 use super::policy::{Action, Direction, FlowKey, L4Key, Rule};
-use super::prefix_index::{Address, Steps};
+use super::prefix_index::{Address, NO_PREFIX, Steps};
 use super::ranges::NO_RANK;
 use crate::packet::{EtherType, Headers, IpProto, L3, be16, chunk};
 
@@ -198,11 +198,8 @@ impl<A: Address> Table<A> {
             // Whichever is shorter is gone through; so no number of sets elsewhere makes this longer.
             if list.len() <= self.sets.len() {
                 for id in list {
-                    steps.add(1 + self.sets.len().ilog2());
-                    if let Ok(i) = self.sets.binary_search_by_key(id, |(set, _)| *set)
-                        && let Some((_, node)) = self.sets.get(i)
-                    {
-                        judge(*node, &mut best, steps);
+                    if let Some(node) = self.node_of(*id, steps) {
+                        judge(node, &mut best, steps);
                     }
                 }
             } else {
@@ -217,12 +214,38 @@ impl<A: Address> Table<A> {
         best
     }
 
+    /// The node of a set.
+    #[inline]
+    fn node_of(&self, id: SetId, steps: &mut impl Steps) -> Option<u32> {
+        let size = self.set_slots.len();
+        let mut at = set_slot(id, size);
+        // At most a quarter of the slots is taken: there is an empty one.
+        for _ in 0..size {
+            steps.add(1);
+            match *self.set_slots.get(at)? {
+                (_, NO_PREFIX) => return None,
+                (set, node) if set == id => return Some(node),
+                _ => at = (at + 1) & (size - 1),
+            }
+        }
+        None
+    }
+
     /// The best rank in one node; ranks that are not below `bound` need not be found.
     #[inline]
     fn judge(&self, node: &Node, protocol: u8, ports: Option<Ports>, bound: u32, steps: &mut impl Steps) -> u32 {
         let best = node.any;
-        let (first, len) = node.protocols;
-        let entries = self.protocols.get(first as usize..(first + len) as usize).unwrap_or_default();
+        if node.single != NO_PROTOCOL {
+            let (first, last) = node.range;
+            let inside = match ports {
+                Some(ports) => first <= ports.destination && ports.destination <= last,
+                None => (first, last) == (0, u16::MAX),
+            };
+            let matches = inside && node.single == u16::from(protocol);
+            return if matches { best.min(node.first) } else { best };
+        }
+        let first = node.first as usize;
+        let entries = self.protocols.get(first..first + usize::from(node.count)).unwrap_or_default();
         let entry = if entries.len() <= 4 {
             steps.add(entries.len() as u32);
             entries.iter().find(|e| e.protocol == protocol)
