@@ -213,7 +213,7 @@ fn several_threads_keep_exact_count() {
                         }
                     } else if !mine.is_empty() {
                         let i = random / 8 % mine.len();
-                        if random % 2 == 0 && mine[i].1.half_open {
+                        if random.is_multiple_of(2) && mine[i].1.half_open {
                             half_open.fetch_sub(1, Ordering::SeqCst);
                             let (source, admission) = &mut mine[i];
                             vm.established(host(*source), admission);

@@ -134,7 +134,7 @@ impl<A: Address> PrefixIndex<A> {
             }
             attempt += 1;
             // Bad luck repeats only for absurdly crowded tables: give them room.
-            if attempt % 4 == 0 {
+            if attempt.is_multiple_of(4) {
                 size *= 2;
             }
         }

@@ -212,7 +212,7 @@ fn config_of(doc: &Value, profile: &str) -> Result<TrackConfig, ReplayError> {
 /// # Errors
 /// [`ReplayError::Format`] for anything but hexadecimal digits in pairs.
 pub fn unhex(text: &str) -> Result<Vec<u8>, ReplayError> {
-    if !text.is_ascii() || text.len() % 2 != 0 {
+    if !text.is_ascii() || !text.len().is_multiple_of(2) {
         return Err(format_error("frame is not hexadecimal"));
     }
     (0..text.len() / 2)
