@@ -88,7 +88,7 @@ impl Default for Sender {
 impl Sender {
     /// Starts a burst: no frame is decided.
     #[inline]
-    pub(crate) fn begin(&mut self, _frames: usize) {
+    pub(crate) fn begin(&mut self) {
         self.delivered = 0;
     }
 

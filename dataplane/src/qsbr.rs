@@ -132,6 +132,9 @@ impl Drop for Guard {
 }
 
 /// A value that PMD threads read and control threads replace.
+///
+/// It belongs to one [`Domain`]: guards given to [`Self::load`] and the domain given to [`Self::replace`] must be of the same one
+/// (a switch and its ports share theirs), or a grace period would wait for the wrong threads.
 pub struct Published<T> {
     ptr: AtomicPtr<T>,
 }

@@ -155,18 +155,9 @@ impl<K: Kinds> Worker<K> {
         if frames == 0 && self.burst.rejected().is_none() {
             return 0;
         }
-        if let Some(forwarding) = self.forwarding.load(&self.guard) {
-            let now_s = (self.now_ns / 1_000_000_000) as u32;
-            self.burst.take_snapshots();
-            self.router.route(&mut self.burst, forwarding, queue.port, now_s, &mut self.sender);
-            self.sender.send_all(
-                &self.guard,
-                &self.burst,
-                forwarding,
-                &mut self.router.batches,
-                &mut self.router.active,
-            );
-        }
+        let now_s = (self.now_ns / 1_000_000_000) as u32;
+        let forwarding = self.forwarding.load(&self.guard);
+        self.router.forward(&self.guard, &mut self.burst, forwarding, queue.port, now_s, &mut self.sender);
         queue.rx.release(&self.guard);
         self.sender.settle(&self.burst, &queue.ledger);
         self.counters.bursts.add(1);
@@ -212,18 +203,9 @@ impl<K: Kinds> Worker<K> {
         if !self.burst.finish_frame(mark, crate::frame::Offload::default()) {
             return;
         }
-        if let Some(forwarding) = self.forwarding.load(&self.guard) {
-            let now_s = (self.now_ns / 1_000_000_000) as u32;
-            self.burst.take_snapshots();
-            self.router.route(&mut self.burst, forwarding, ingress, now_s, &mut self.sender);
-            self.sender.send_all(
-                &self.guard,
-                &self.burst,
-                forwarding,
-                &mut self.router.batches,
-                &mut self.router.active,
-            );
-        }
+        let now_s = (self.now_ns / 1_000_000_000) as u32;
+        let forwarding = self.forwarding.load(&self.guard);
+        self.router.forward(&self.guard, &mut self.burst, forwarding, ingress, now_s, &mut self.sender);
         self.sender.settle(&self.burst, &self.injected);
         self.burst.clear();
     }
@@ -283,6 +265,24 @@ struct Recent {
 }
 
 impl Router {
+    /// Takes the burst from snapshot to output; what is left is to release and to settle.
+    #[inline]
+    fn forward<T: TxPort>(
+        &mut self,
+        guard: &Guard,
+        burst: &mut RxBurst,
+        forwarding: Option<&Forwarding<T>>,
+        ingress: PortId,
+        now_s: u32,
+        sender: &mut Sender,
+    ) {
+        sender.begin();
+        let Some(forwarding) = forwarding else { return sender.fail_all(DropReason::RxDisabled) };
+        burst.take_snapshots();
+        self.route(burst, forwarding, ingress, now_s, sender);
+        sender.send_all(guard, burst, forwarding, &mut self.batches, &mut self.active);
+    }
+
     /// Decides for every frame of the burst, sorting it into the batches of its outputs or giving it a drop reason.
     fn route<T: TxPort>(
         &mut self,
@@ -292,7 +292,6 @@ impl Router {
         now_s: u32,
         sender: &mut Sender,
     ) {
-        sender.begin(burst.len());
         let Some(port) = forwarding.port(ingress) else {
             sender.fail_all(DropReason::RxDisabled);
             return;
