@@ -25,6 +25,7 @@ mod frag;
 mod generic;
 mod icmp;
 mod key;
+mod map;
 mod sctp;
 mod table;
 mod tcp;
@@ -39,6 +40,12 @@ pub use dissect::{
 pub use entry::{Connection, Decision, Tally, Traffic};
 pub use frag::{Accepted, Datagram, DatagramId, FragmentQueue, FragmentRefusal, FragmentStats};
 pub use key::{Flow, Key, Toward, Way};
+#[cfg(any(test, feature = "testing"))]
+pub use map::sample;
+pub use map::{
+    ConnHandle, ConnMap, Cursor, DEFAULT_CAPACITY, Dirt, Imported, MAX_CAPACITY, MapError, MapStats, Observer, Removal,
+    Tombstone, VERSION_BITS, VERSION_MAX, newer,
+};
 pub use sctp::SctpState;
 pub use table::{Change, ConnTable, InsertError, ModelTable, Stored};
 pub use tcp::TcpState;
