@@ -128,6 +128,7 @@ impl<O: Opener> SwitchEngine<O> {
             admin_up: port.admin_up,
             fdb_limit: port.fdb_limit,
             mtu: port.mtu,
+            firewall: None,
         })
     }
 

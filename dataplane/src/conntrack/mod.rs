@@ -50,6 +50,7 @@ pub use sctp::SctpState;
 pub use table::{Change, ConnTable, InsertError, ModelTable, Stored};
 pub use tcp::TcpState;
 pub use tracker::{Judgement, Tracked, Tracker};
+pub(crate) use tracker::{judge, next_dither, refused};
 
 /// What a packet is to the connections known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -64,6 +65,21 @@ pub enum CtState {
     Invalid,
     /// Not tracked at all: IPv6 neighbour and multicast listener discovery.
     Untracked,
+}
+
+const _: () = assert!(CtState::New as u8 == 0 && CtState::Untracked as u8 == 4);
+
+impl CtState {
+    /// `new`, `established`, `related`, `invalid` or `untracked`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Established => "established",
+            Self::Related => "related",
+            Self::Invalid => "invalid",
+            Self::Untracked => "untracked",
+        }
+    }
 }
 
 /// Why a packet is invalid.
