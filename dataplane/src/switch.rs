@@ -80,7 +80,7 @@ pub enum SwitchError {
     /// No such VM.
     #[error("there is no VM number {0}")]
     NoVm(VmId),
-    /// A VM is removed, renamed or given another capacity only when its ports have gone.
+    /// A VM is removed or renamed only when its ports have gone.
     #[error("VM {name} still has {ports} port(s): remove them first")]
     VmInUse {
         /// The VM.

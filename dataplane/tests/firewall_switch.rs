@@ -549,6 +549,31 @@ fn flush_forgets_what_is_chosen() {
 }
 
 #[test]
+fn a_table_changes_its_size_under_its_connections() {
+    let net = Net::new(&["web"], |_, _| {});
+    for port in 0..200 {
+        net.send(&net.a, &udp((A_MAC, A, 20_000 + port), (OUT_MAC, OUT, 53), b"question"));
+    }
+    net.out.take();
+    net.connect_to_a(4000);
+    let options = |capacity| VmOptions { capacity, ..VmOptions::named("a") };
+    net.switch.update_vm(net.vms[0], options(50_000)).unwrap();
+    assert_eq!(net.connections(0).len(), 201);
+    assert_eq!(net.switch.vm_status(net.vms[0]).unwrap().limits.connections, 201);
+    assert_eq!(net.switch.vm_status(net.vms[0]).unwrap().limits.half_open, 200);
+    net.send(&net.out, &udp((OUT_MAC, OUT, 53), (A_MAC, A, 20_007), b"answer"));
+    net.send(&net.out, &tcp((OUT_MAC, OUT, 4000), (A_MAC, A, 80), ACK, 101, 501, b"hello"));
+    assert_eq!(net.a.take().len(), 2);
+    // Smaller than what is there: the established one stays.
+    net.switch.update_vm(net.vms[0], options(50)).unwrap();
+    assert!(net.connections(0).len() <= 50);
+    net.send(&net.out, &tcp((OUT_MAC, OUT, 4000), (A_MAC, A, 80), ACK, 106, 501, b"hello"));
+    assert_eq!(net.a.take().len(), 1);
+    let limits = net.switch.vm_status(net.vms[0]).unwrap().limits;
+    assert_eq!(limits.connections as usize, net.connections(0).len());
+}
+
+#[test]
 fn an_invalid_policy_changes_nothing() {
     let net = Net::new(&["web"], |_, _| {});
     let mut document = document();

@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::VmId;
 use crate::conntrack::{
-    ConnHandle, ConnMap, Connection, Cursor, FragmentQueue, FragmentStats, MapError, MapStats, Observer, Removal,
-    TrackConfig,
+    ConnHandle, ConnMap, Connection, Cursor, Dirt, FragmentQueue, FragmentStats, Imported, MapError, MapStats,
+    Observer, Removal, TrackConfig,
 };
 use crate::firewall::limits::{LimitsConfig, LimitsStatus, VmLimits};
 use crate::firewall::token_bucket::{Rate, TokenBucket};
@@ -172,6 +172,40 @@ impl VmFirewall {
         };
         while self.map.flush(&mut cursor, FLUSH_STEP, self, &mut condition) {}
         gone
+    }
+
+    /// Takes over the connections of another VM's table, step by step while traffic changes them.
+    pub(crate) fn adopt_all(&self, other: &Self, now_ms: u64) {
+        let mut cursor = Cursor::default();
+        while other.map.walk(&mut cursor, FLUSH_STEP, &mut |c| self.adopt(c, now_ms)) {}
+    }
+
+    /// Takes over what changed in the other table since its changes are tracked.
+    pub(crate) fn adopt_changes(&self, other: &Self, now_ms: u64) {
+        let mut cursor = Cursor::default();
+        while other.map.collect_dirty(&mut cursor, FLUSH_STEP, &mut |dirt| match dirt {
+            Dirt::Changed(connection) => self.adopt(&connection, now_ms),
+            Dirt::Deleted(gone) => {
+                self.map.delete_matching(&gone.key, gone.version, self);
+            }
+            // More ended than could be noted: those that are not known to have ended expire here.
+            Dirt::Overflow => {}
+        }) {}
+    }
+
+    /// Takes over one connection, counting it in this VM's limits without asking them.
+    fn adopt(&self, connection: &Connection, now_ms: u64) {
+        if connection.is_expired(now_ms) {
+            return;
+        }
+        let source = connection.opener();
+        let admission = self.limits.adopt(source, connection.decision.counts_half_open());
+        let mut connection = *connection;
+        connection.decision = connection.decision.with_admission(admission);
+        match self.map.import(&connection, now_ms, self) {
+            Imported::Added | Imported::Replaced => {}
+            Imported::Older | Imported::Full => self.limits.release(source, admission),
+        }
     }
 
     /// How it is.

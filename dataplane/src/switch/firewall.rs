@@ -240,11 +240,11 @@ impl<K: Kinds> Switch<K> {
         Ok(id)
     }
 
-    /// Changes a VM's settings; its connections stay. The capacity of its table can only be changed while it has no ports (the table is
-    /// then replaced by an empty one).
+    /// Changes a VM's settings; its connections stay. With another capacity they move to a table of that size while traffic goes on;
+    /// where they no longer all fit, the ones that would be evicted are lost.
     ///
     /// # Errors
-    /// See above.
+    /// No such VM, a renamed one still has ports, the name is taken, or no memory.
     pub fn update_vm(&self, id: VmId, options: VmOptions) -> Result<(), SwitchError> {
         let mut inner = self.lock();
         let state = &inner.firewall;
@@ -252,20 +252,34 @@ impl<K: Kinds> Switch<K> {
         if state.vms.iter().any(|(other, vm)| *other != id && vm.options.name == options.name) {
             return Err(SwitchError::NameTaken(options.name));
         }
-        let replaced = record.options.capacity != options.capacity || record.options.name != options.name;
+        let renamed = record.options.name != options.name;
         let ports = state.has_ports(id);
-        if replaced && ports > 0 {
+        if renamed && ports > 0 {
             return Err(SwitchError::VmInUse { name: record.options.name.clone(), ports });
         }
-        let firewall = if replaced {
-            Arc::new(VmFirewall::new(id, &options, random_seed()).map_err(|e| SwitchError::Table(e.to_string()))?)
+        let old = Arc::clone(&record.firewall);
+        let firewall = if renamed || record.options.capacity != options.capacity {
+            let new = VmFirewall::new(id, &options, random_seed()).map_err(|e| SwitchError::Table(e.to_string()))?;
+            Arc::new(new)
         } else {
-            record.firewall.reconfigure(&options);
-            Arc::clone(&record.firewall)
+            old.reconfigure(&options);
+            Arc::clone(&old)
         };
-        inner.firewall.vms.insert(id, VmRecord { options, firewall });
+        let moves = !Arc::ptr_eq(&old, &firewall);
+        let now_ms = self.clock.now_ns() / 1_000_000;
+        if moves {
+            old.map().set_tracking(true);
+            // From here on every thread notes what it changes.
+            self.domain.synchronize();
+            firewall.adopt_all(&old, now_ms);
+        }
+        inner.firewall.vms.insert(id, VmRecord { options, firewall: Arc::clone(&firewall) });
         inner.replan()?;
         self.publish(&inner);
+        if moves {
+            // Nobody uses the old table any more: what changed since it was copied is final.
+            firewall.adopt_changes(&old, now_ms);
+        }
         Ok(())
     }
 
