@@ -10,8 +10,15 @@ use ferry_dataplane::qsbr::Domain;
 use ferry_dataplane::switch::{self, BridgeOptions, PmdOptions, PortOptions, Switch, SwitchError};
 
 use super::sleeper::PollSleeper;
-use super::{Engine, EngineError, FdbEntry, PmdStats, PortState, PortStats, RxStats, Stats, TxStats};
-use crate::config::{BridgeConfig, DpdkConfig, PmdSpec, PortConfig};
+use super::{
+    Engine, EngineError, FdbEntry, Page, PmdStats, PortState, PortStats, RxStats, Stats, Trace, TxStats, VmStats,
+};
+use ferry_dataplane::firewall::PolicyDocument;
+
+use crate::config::{BridgeConfig, DpdkConfig, PmdSpec, PortConfig, VmConfig};
+use crate::firewall::filter::Filter;
+use crate::firewall::packet_text::Described;
+use crate::firewall::record::FirewallRecord;
 use crate::threads;
 
 /// A port that is open: what keeps it so.
@@ -137,6 +144,10 @@ impl<O: Opener> SwitchEngine<O> {
     }
 }
 
+fn no_firewall(name: &str) -> EngineError {
+    EngineError::new(format!("{name}: the switch has no firewall yet"), "")
+}
+
 fn plain(e: SwitchError) -> EngineError {
     EngineError::new(e.to_string(), "")
 }
@@ -219,6 +230,37 @@ impl<O: Opener> Engine for SwitchEngine<O> {
         self.switch.remove_bridge(self.bridge(name)?).map_err(plain)?;
         self.bridges.remove(name);
         Ok(())
+    }
+
+    fn add_vm(&mut self, vm: &VmConfig) -> Result<(), EngineError> {
+        Err(no_firewall(&vm.name))
+    }
+    fn update_vm(&mut self, vm: &VmConfig) -> Result<(), EngineError> {
+        Err(no_firewall(&vm.name))
+    }
+    fn remove_vm(&mut self, name: &str) -> Result<(), EngineError> {
+        Err(no_firewall(name))
+    }
+    fn set_policy(&mut self, _: &PolicyDocument) -> Result<(), EngineError> {
+        Ok(())
+    }
+    fn connections(&self, vm: &str, _: &Filter, _: u64, _: usize) -> Result<Page, EngineError> {
+        Err(no_firewall(vm))
+    }
+    fn flush_connections(&mut self, vm: &str, _: &Filter) -> Result<u64, EngineError> {
+        Err(no_firewall(vm))
+    }
+    fn vm_stats(&self, vm: &str) -> Result<VmStats, EngineError> {
+        Err(no_firewall(vm))
+    }
+    fn firewall_stats(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
+        BTreeMap::new()
+    }
+    fn take_firewall_events(&mut self, _: &mut Vec<FirewallRecord>) -> u64 {
+        0
+    }
+    fn trace(&self, port: &str, _: &Described) -> Result<Trace, EngineError> {
+        Err(no_firewall(port))
     }
 
     fn add_port(&mut self, port: &PortConfig, placed: &[usize]) -> Result<(), EngineError> {
