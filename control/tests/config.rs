@@ -327,7 +327,7 @@ fn mistakes_in_rules_name_place_and_fix() {
             "ports = [80, \"8000-8099\"]",
             "ports = [80, \"9-8\"]",
             vec![
-                "ferry.toml:3:64: error: security_group.web.rules[0].ports[1]: \"9-8\" is not a port or a range of ports",
+                "ferry.toml:3:66: error: security_group.web.rules[0].ports[1]: \"9-8\" is not a port or a range of ports",
                 "  fix: give a number from 0 to 65535, or a range such as \"8000-8099\", the lower end first",
             ],
         ),
@@ -335,7 +335,7 @@ fn mistakes_in_rules_name_place_and_fix() {
             "protocol = \"tcp\"",
             "protocol = \"icmp\"",
             vec![
-                "ferry.toml:3:58: error: security_group.web.rules[0].ports: protocol icmp has no ports; ports need tcp, udp, sctp, dccp or udplite",
+                "ferry.toml:3:62: error: security_group.web.rules[0].ports: protocol icmp has no ports; ports need tcp, udp, sctp, dccp or udplite",
             ],
         ),
         (
@@ -415,7 +415,7 @@ fn mistakes_in_a_ports_firewall_name_place_and_fix() {
     );
     assert_eq!(
         one("[[bridge]]", "[[vm]]\nname = \"vm1\"\n[[bridge]]"),
-        "ferry.toml:13:2: error: port[0].firewall: port \"vm1\" is a VM of its own, but a VM of this name is configured \
+        "ferry.toml:13:1: error: port[0].firewall: port \"vm1\" is a VM of its own, but a VM of this name is configured \
          (first at ferry.toml:5:8)\n  fix: add vm = \"vm1\" to the port if it belongs to that VM, or rename one of them"
     );
     let limits = FIREWALLED.replacen("socket =", "vm = \"g\"\nsocket =", 1) + "limits = { max_half_open = 5 }\n[[vm]]\nname = \"g\"\n";

@@ -5,10 +5,10 @@ use ferry_dataplane::firewall::compile::CompileOptions;
 use ferry_dataplane::firewall::explain::{Explainer, Explanation};
 use ferry_dataplane::firewall::limits::LimitsStatus;
 use ferry_dataplane::firewall::spoof::SpoofTable;
-use ferry_dataplane::firewall::{AddressBook, Cidr, CompiledPolicy, SetKey, compile};
+use ferry_dataplane::firewall::{AddressBook, Cidr, CompiledPolicy, Direction, FlowKey, SetKey, compile};
 use ferry_dataplane::packet::{MacAddr, parse};
 
-use super::packet_text::{self, PacketError, Surroundings};
+use super::packet_text::{self, Described, PacketError, Surroundings};
 use crate::config::{Config, FirewallConfig, PortConfig};
 
 /// Why a packet cannot be explained.
@@ -43,6 +43,30 @@ pub fn surroundings<'a>(config: &'a Config, own: impl Fn(&PortConfig) -> bool + 
         list.extend(port.firewall.iter().flat_map(addresses));
     }
     out
+}
+
+/// Which of a VM's ports a packet comes from or goes to: the only one, or the one that has its address.
+pub fn port_of<'a>(config: &Config, ports: &[&'a str], packet: &Described) -> Option<&'a str> {
+    if let [only] = ports {
+        return Some(only);
+    }
+    let frame = &packet.frame;
+    let headers = parse(frame, frame.len() as u32).ok()?;
+    let (dst, src) = (frame.get(..6)?, frame.get(6..12)?);
+    let own_mac = if packet.direction == Direction::Egress { src } else { dst };
+    let opposite = match packet.direction {
+        Direction::Egress => Direction::Ingress,
+        Direction::Ingress => Direction::Egress,
+    };
+    // Seen from the other end, the remote address is the VM's own.
+    let own = FlowKey::of(frame, &headers, opposite).map(|key| key.remote);
+    let has = |p: &PortConfig| {
+        let mut list = p.firewall.iter().flat_map(addresses);
+        list.any(|(cidr, mac)| {
+            own.is_some_and(|a| cidr.contains(a)) || mac.is_some_and(|m| m.octets() == own_mac)
+        })
+    };
+    ports.iter().copied().find(|name| config.port(name).is_some_and(has))
 }
 
 /// Members of all security groups: the addresses of the ports in them.
