@@ -12,13 +12,15 @@ use serde_json::{Map, Value, json};
 
 use super::args::*;
 use super::client::{CliError, Client};
+use super::{conntrack, firewall, policy};
 use super::table::{Table, colours, state};
 use crate::api::views::{BridgeView, Origin, PmdView, PortView, Status};
-use crate::config::{self, PortKind, VlanConfig, VlanItem, VlanKind, VlanKind as V, schema};
+use crate::config::{self, Config, PortKind, VlanConfig, VlanItem, VlanKind, VlanKind as V, schema};
 use crate::core::Outcome;
 use crate::engine::{FdbEntry, RxStats, Stats};
+use crate::firewall::filter::escape;
 
-type Result<T> = std::result::Result<T, CliError>;
+pub(super) type Result<T> = std::result::Result<T, CliError>;
 
 /// Runs `ferry` with the process's arguments; returns the exit status.
 pub fn main() -> u8 {
@@ -63,6 +65,19 @@ fn run(cli: &Cli) -> Result<String> {
             let path = format!("/v1/ports/{}/rxqs/{queue}", escape(port));
             outcome(cli, client()?.send(Method::PUT, &path, Some(&json!({ "pmd": pmd })))?)
         }
+        Command::Conntrack(c) => conntrack::run(&client()?, c, cli.json),
+        Command::Policy(PolicyCommand::Check { file }) => policy::check(file, cli.json),
+        Command::Policy(PolicyCommand::Show { name }) => policy::show(&client()?, name.as_deref(), cli.json),
+        Command::Policy(PolicyCommand::Explain { port, packet, file: Some(file) }) => {
+            policy::explain_file(file, port, packet, cli.json)
+        }
+        Command::Policy(PolicyCommand::Explain { port, packet, file: None }) => {
+            policy::explain(&client()?, port, packet, cli.json)
+        }
+        Command::Trace { vm, packet, port } => firewall::trace(&client()?, vm, packet, port.as_deref(), cli.json),
+        Command::Fw(FwCommand::Drops { vm, limit, watch }) => {
+            firewall::drops(&client()?, vm.as_deref(), *limit, *watch, cli.json)
+        }
         Command::Reload { discard_runtime, dry_run } => {
             let path = format!("/v1/reload?discard_runtime={discard_runtime}&dry_run={dry_run}");
             outcome(cli, client()?.send(Method::POST, &path, None)?)
@@ -91,11 +106,11 @@ struct Addresses {
     fdb: Vec<FdbEntry>,
 }
 
-fn pretty(value: &Value) -> String {
+pub(super) fn pretty(value: &Value) -> String {
     serde_json::to_string_pretty(value).unwrap_or_default() + "\n"
 }
 
-fn typed<T: DeserializeOwned>(value: Value) -> Result<T> {
+pub(super) fn typed<T: DeserializeOwned>(value: Value) -> Result<T> {
     serde_json::from_value(value).map_err(|e| {
         CliError::Other(format!("this ferry does not understand ferryd's answer ({e}): are they of one version?"))
     })
@@ -104,20 +119,6 @@ fn typed<T: DeserializeOwned>(value: Value) -> Result<T> {
 fn show<T: DeserializeOwned>(cli: &Cli, path: &str, text: impl FnOnce(T) -> String) -> Result<String> {
     let value = Client::new(&cli.socket)?.get(path)?;
     if cli.json { Ok(pretty(&value)) } else { Ok(text(typed(value)?)) }
-}
-
-/// A name as part of a path.
-fn escape(name: &str) -> String {
-    let mut out = String::new();
-    for b in name.bytes() {
-        match b {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'.' | b'_' | b'-' => out.push(char::from(b)),
-            _ => {
-                let _ = write!(out, "%{b:02X}");
-            }
-        }
-    }
-    out
 }
 
 fn outcome(cli: &Cli, value: Value) -> Result<String> {
@@ -212,7 +213,7 @@ fn vlan_text(v: &VlanConfig) -> String {
     }
 }
 
-fn origin_text(o: Origin) -> &'static str {
+pub(super) fn origin_text(o: Origin) -> &'static str {
     match o {
         Origin::File => "file",
         Origin::Changed => "file, changed",
@@ -651,21 +652,27 @@ fn config_show(client: &Client, as_json: bool) -> Result<String> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-fn check(file: &Path, as_json: bool) -> Result<String> {
-    match config::load(file) {
-        Ok(c) if as_json => Ok(pretty(&json!({ "ok": true, "bridges": c.bridge.len(), "ports": c.port.len() }))),
-        Ok(c) => Ok(format!("{}: OK: {} bridge(s), {} port(s)\n", file.display(), c.bridge.len(), c.port.len())),
-        Err(e) if as_json => {
+/// Reads a configuration file; what is wrong with it also goes to standard output, as JSON.
+pub(super) fn load(file: &Path, as_json: bool) -> Result<Config> {
+    config::load(file).map_err(|e| {
+        if as_json {
             let problem = |p: &config::Problem| {
                 let (line, column) = e.position(p);
                 json!({ "line": line, "column": column, "key": p.path, "message": p.message, "fix": p.fix })
             };
             let problems: Vec<Value> = e.problems.iter().map(problem).collect();
             print!("{}", pretty(&json!({ "ok": false, "file": file, "problems": problems })));
-            Err(CliError::Config(e.to_string()))
         }
-        Err(e) => Err(CliError::Config(e.to_string())),
+        CliError::Config(e.to_string())
+    })
+}
+
+fn check(file: &Path, as_json: bool) -> Result<String> {
+    let c = load(file, as_json)?;
+    if as_json {
+        return Ok(pretty(&json!({ "ok": true, "bridges": c.bridge.len(), "ports": c.port.len() })));
     }
+    Ok(format!("{}: OK: {} bridge(s), {} port(s)\n", file.display(), c.bridge.len(), c.port.len()))
 }
 
 fn completions(shell: clap_complete::Shell, daemon: bool) -> String {
