@@ -1,5 +1,5 @@
 //! Counters and drop reasons. Every frame that enters is counted as received, and then exactly once:
-//! as forwarded, or as dropped under one reason.
+//! as forwarded, as dropped under one reason, or (a fragment) as held.
 //!
 //! All counters have a single writer at a time (the PMD thread that owns the queue, or that holds the
 //! transmit claim), so an increment is a plain load and store: no locked instruction on the hot path.
@@ -16,6 +16,10 @@ macro_rules! drop_reasons {
             pub const ALL: &'static [DropReason] = &[$(DropReason::$variant,)*];
             /// How many reasons there are.
             pub const COUNT: usize = Self::ALL.len();
+            /// The reason of that name.
+            pub fn from_name(name: &str) -> Option<Self> {
+                Self::ALL.iter().copied().find(|reason| reason.name() == name)
+            }
             /// The name used in stats and metrics.
             pub const fn name(self) -> &'static str {
                 match self { $(DropReason::$variant => $name,)* }
@@ -67,6 +71,100 @@ drop_reasons! {
     MemoryFault = "memory_fault",
     /// The ingress port is administratively down or in no bridge.
     RxDisabled = "rx_disabled",
+    /// The firewall's rules, or a default, do not allow the connection.
+    FwDenied = "fw_denied",
+    /// The same, and the rule (or default) says to tell the sender.
+    FwRejected = "fw_rejected",
+    /// An established connection that the rules no longer allow.
+    FwRevoked = "fw_revoked",
+    /// Neither IPv4, IPv6 nor ARP, and not among the EtherTypes that the port allows.
+    FwEthertype = "fw_ethertype",
+    /// Unicast to a MAC address that is not the firewalled port's.
+    FwNotForPort = "fw_not_for_port",
+    /// Headers reach deeper than the firewall looks.
+    FwHeadersTooDeep = "fw_headers_too_deep",
+    /// The VM's connection table is full and nothing may be evicted.
+    CtTableFull = "ct_table_full",
+    /// Transport header cut short or contradictory.
+    CtInvalidHeader = "ct_invalid_header",
+    /// Transport checksum wrong.
+    CtInvalidChecksum = "ct_invalid_checksum",
+    /// TCP flags that no sender combines.
+    CtInvalidFlags = "ct_invalid_flags",
+    /// Not possible in the connection's state.
+    CtInvalidState = "ct_invalid_state",
+    /// A TCP segment outside the windows.
+    CtInvalidWindow = "ct_invalid_window",
+    /// A RST with a stale sequence number (RFC 5961).
+    CtInvalidReset = "ct_invalid_reset",
+    /// Belongs to no connection and cannot begin one.
+    CtNoConnection = "ct_no_connection",
+    /// An ICMP error about no known connection.
+    CtUnrelated = "ct_unrelated",
+    /// An ICMP type that is not tracked.
+    CtIcmpType = "ct_icmp_type",
+    /// SCTP verification tag mismatch.
+    CtVerificationTag = "ct_verification_tag",
+    /// IPv6 without an upper protocol to be found.
+    CtNoUpperProtocol = "ct_no_upper_protocol",
+    /// Overlapping fragments (RFC 5722).
+    FragmentOverlap = "fragment_overlap",
+    /// A fragment that has been received already.
+    FragmentRepeated = "fragment_repeated",
+    /// A fragment that does not fit its datagram.
+    FragmentMisfit = "fragment_misfit",
+    /// The VM's memory for fragments is used up.
+    FragmentMemory = "fragment_memory",
+    /// The VM's fragment memory stayed claimed by another PMD thread.
+    FragmentBusy = "fragment_busy",
+    /// The VM has all its connections.
+    LimitConnections = "limit_connections",
+    /// The VM has all its half-open connections.
+    LimitHalfOpen = "limit_half_open",
+    /// The VM opens connections too fast.
+    LimitRate = "limit_rate",
+    /// The source has all its connections with the VM.
+    LimitSourceConnections = "limit_source_connections",
+    /// The source has all its half-open connections with the VM.
+    LimitSourceHalfOpen = "limit_source_half_open",
+    /// The source opens connections with the VM too fast.
+    LimitSourceRate = "limit_source_rate",
+    /// Spoofed: source MAC address not the port's.
+    SpoofSourceMac = "spoof_source_mac",
+    /// Spoofed: source IPv4 address not allowed with this MAC address.
+    SpoofSourceIpv4 = "spoof_source_ipv4",
+    /// Spoofed: source IPv6 address not allowed with this MAC address.
+    SpoofSourceIpv6 = "spoof_source_ipv6",
+    /// Spoofed: a source address that no packet may have.
+    SpoofMartianSource = "spoof_martian_source",
+    /// Spoofed: source 0.0.0.0 outside DHCP.
+    SpoofUnspecifiedIpv4 = "spoof_unspecified_ipv4",
+    /// Spoofed: source :: where it may not be.
+    SpoofUnspecifiedIpv6 = "spoof_unspecified_ipv6",
+    /// Spoofed: ARP that cannot be read.
+    SpoofArpMalformed = "spoof_arp_malformed",
+    /// Spoofed: ARP sender's hardware address.
+    SpoofArpSenderMac = "spoof_arp_sender_mac",
+    /// Spoofed: ARP sender's protocol address.
+    SpoofArpSenderAddress = "spoof_arp_sender_address",
+    /// Neighbour discovery that cannot be read to its end.
+    SpoofNdMalformed = "spoof_nd_malformed",
+    /// Neighbour discovery with a hop limit other than 255.
+    SpoofNdHopLimit = "spoof_nd_hop_limit",
+    /// Neighbour discovery in fragments (RFC 6980).
+    SpoofNdFragmented = "spoof_nd_fragmented",
+    /// Spoofed: neighbour discovery about an address that is not the VM's.
+    SpoofNdTarget = "spoof_nd_target",
+    /// Spoofed: link-layer address option of neighbour discovery.
+    SpoofNdLinkLayer = "spoof_nd_link_layer",
+    /// Router advertisement from a VM that is no router (RFC 6105).
+    SpoofRouterAdvertisement = "spoof_router_advertisement",
+    /// IPv6 redirect from a VM that is no router.
+    SpoofRedirect = "spoof_redirect",
+    /// DHCP server's answer from a VM that is none.
+    SpoofDhcpServer = "spoof_dhcp_server",
+    /// DHCPv6 server's answer from a VM that is none.
+    SpoofDhcpv6Server = "spoof_dhcpv6_server",
 }
 
 /// A single-writer counter.
@@ -87,7 +185,7 @@ impl Counter {
 }
 
 /// What happened to the frames that came in through one receive queue:
-/// `frames = forwarded + sum(dropped)`, at every moment at which no burst is under way.
+/// `frames = forwarded + held + sum(dropped)`, at every moment at which no burst is under way.
 #[derive(Debug)]
 #[repr(align(64))]
 pub struct RxLedger {
@@ -97,6 +195,8 @@ pub struct RxLedger {
     pub bytes: Counter,
     /// Frames that reached at least one output.
     pub forwarded: Counter,
+    /// Fragments kept until their datagram is complete. They are counted again, as released frames, when they go on.
+    pub held: Counter,
     /// Frames dropped, by [`DropReason`].
     pub dropped: [Counter; DropReason::COUNT],
 }
@@ -107,6 +207,7 @@ impl Default for RxLedger {
             frames: Counter::default(),
             bytes: Counter::default(),
             forwarded: Counter::default(),
+            held: Counter::default(),
             dropped: core::array::from_fn(|_| Counter::default()),
         }
     }

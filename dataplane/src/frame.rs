@@ -18,9 +18,6 @@ pub const BURST_SEGMENTS: usize = 4096;
 /// Longest frame handled: 64 KiB of TSO payload plus headers and tags.
 pub const MAX_FRAME_BYTES: u32 = 65_535 + 18 + 8;
 
-/// Longest frame that can be originated, bytes.
-const PRIVATE_BYTES: usize = 2048;
-
 /// A contiguous piece of a received frame in port memory.
 ///
 /// Not `Clone`: it can only be reached through the burst that owns it, hence not after release.
@@ -117,8 +114,8 @@ pub struct RxBurst {
     /// Frames the port refused before they became frames (malformed descriptors ...), by reason.
     rejected: [u32; DropReason::COUNT],
     any_rejected: bool,
-    /// Bytes of a frame that the switch originates itself.
-    private: Box<[u8; PRIVATE_BYTES]>,
+    /// Bytes of frames that are not in a port's memory.
+    private: Vec<u8>,
 }
 
 impl Default for RxBurst {
@@ -137,7 +134,7 @@ impl RxBurst {
             len: 0,
             rejected: [0; DropReason::COUNT],
             any_rejected: false,
-            private: Box::new([0; PRIVATE_BYTES]),
+            private: Vec::new(),
         }
     }
 
@@ -185,15 +182,19 @@ impl RxBurst {
         }
     }
 
-    /// Adds a frame of the switch's own making as a piece, copied into the burst; only one per burst.
-    pub fn push_private(&mut self, bytes: &[u8]) {
-        let n = bytes.len().min(PRIVATE_BYTES);
-        for (to, from) in self.private.iter_mut().zip(bytes) {
-            *to = *from;
-        }
-        let addr = self.private.as_ptr();
-        // SAFETY: the box lives as long as the burst and is written only here, before the next frame of this kind.
-        unsafe { self.push_segment(addr, n as u32) };
+    /// Takes in the bytes of frames that are not in a port's memory (the switch's own, released fragments): `bytes` and what the
+    /// burst had change places. The burst must be empty; frames are made of them by [`Self::push_private`].
+    pub fn load_private(&mut self, bytes: &mut Vec<u8>) {
+        self.clear();
+        core::mem::swap(&mut self.private, bytes);
+    }
+
+    /// Adds `range` of the private bytes as a piece; clipped to what there is.
+    pub fn push_private(&mut self, range: core::ops::Range<usize>) {
+        let bytes = self.private.get(range).unwrap_or_default();
+        let (addr, len) = (bytes.as_ptr(), bytes.len() as u32);
+        // SAFETY: the bytes belong to the burst and change only in `load_private`, which forgets all frames first.
+        unsafe { self.push_segment(addr, len) };
     }
 
     /// Number of segments pushed so far: pass it to [`Self::abandon_frame`] or [`Self::finish_frame`].

@@ -65,6 +65,8 @@ enum Plan {
 pub struct Sender {
     /// Bit i: frame i reached at least one output.
     delivered: u64,
+    /// Bit i: frame i is a fragment that was kept.
+    held: u64,
     /// Why frame i did not, if it did not.
     reasons: [DropReason; BURST],
     heads: Box<[Head]>,
@@ -77,6 +79,7 @@ impl Default for Sender {
         let heads = || vec![Head([0; REWRITE_BYTES]); BURST].into_boxed_slice();
         Self {
             delivered: 0,
+            held: 0,
             reasons: [DropReason::NoDestination; BURST],
             heads: heads(),
             segment_heads: heads(),
@@ -90,6 +93,13 @@ impl Sender {
     #[inline]
     pub(crate) fn begin(&mut self) {
         self.delivered = 0;
+        self.held = 0;
+    }
+
+    /// Frame `i` was kept: it is neither forwarded nor dropped.
+    #[inline]
+    pub(crate) fn hold(&mut self, i: usize) {
+        self.held |= 1 << i;
     }
 
     /// Frame `i` is dropped for `reason`, unless another copy arrives.
@@ -137,7 +147,11 @@ impl Sender {
         let delivered = self.delivered & mask;
         let mut frames = n as u64;
         ledger.forwarded.add(u64::from(delivered.count_ones()));
-        let mut lost = mask & !delivered;
+        let held = self.held & mask & !delivered;
+        if held != 0 {
+            ledger.held.add(u64::from(held.count_ones()));
+        }
+        let mut lost = mask & !delivered & !held;
         while lost != 0 {
             let i = lost.trailing_zeros() as usize;
             lost &= lost - 1;
@@ -155,6 +169,7 @@ impl Sender {
         ledger.frames.add(frames);
         ledger.bytes.add(bytes);
         self.delivered = 0;
+        self.held = 0;
     }
 
     fn send_batch<T: TxPort>(

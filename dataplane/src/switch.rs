@@ -2,6 +2,9 @@
 //!
 //! All methods may be called from any control thread; none may be called from a PMD thread. A method that takes
 //! something away returns when no PMD thread can touch it any more.
+pub mod firewall;
+pub mod trace;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -16,9 +19,12 @@ use crate::bridge::vlan::{BadVlan, VlanMode, VlanPolicy};
 use crate::bridge::{BridgeEntry, BridgeId, Forwarding, MAX_BRIDGES, PortEntry};
 use crate::clock::Clock;
 use crate::counters::{DropReason, RxLedger, TxLedger};
+use crate::enforce::VmId;
+use crate::firewall::PolicyError;
 use crate::pmd::{Command, IdleTuning, Kinds, Mailbox, PmdCounters, PmdId, PmdStats, PolledQueue, Sleeper, mailbox};
 use crate::qsbr::{Domain, MAX_THREADS, Published};
-use crate::worker::Worker;
+use crate::worker::{Parts, Worker};
+pub use firewall::FirewallOptions;
 
 /// Longest frame that can be injected, bytes.
 pub const MAX_INJECTED_BYTES: usize = 1514;
@@ -71,9 +77,33 @@ pub enum SwitchError {
     /// A frame to be sent has an impossible length.
     #[error("a frame of {0} bytes cannot be sent: 14 to {MAX_INJECTED_BYTES}")]
     BadFrame(usize),
+    /// No such VM.
+    #[error("there is no VM number {0}")]
+    NoVm(VmId),
+    /// A VM is removed or renamed only when its ports have gone.
+    #[error("VM {name} still has {ports} port(s): remove them first")]
+    VmInUse {
+        /// The VM.
+        name: String,
+        /// How many ports it has.
+        ports: usize,
+    },
+    /// The firewall's rules are invalid.
+    #[error("invalid policy: {}", list(.0))]
+    Policy(Vec<PolicyError>),
+    /// A group or set has too many addresses.
+    #[error("{0} would have too many addresses")]
+    TooManyAddresses(String),
+    /// No memory for a connection table.
+    #[error("cannot make the connection table: {0}")]
+    Table(String),
     /// The operating system refused a thread.
     #[error("cannot start a PMD thread: {0}")]
     Thread(String),
+}
+
+fn list(errors: &[PolicyError]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// A bridge's settings.
@@ -107,6 +137,8 @@ pub struct PortOptions {
     /// Longest IP packet sent to the port, bytes; 0: no limit but the port's own. Frames may be 18 bytes longer
     /// (Ethernet header and one VLAN tag).
     pub mtu: u16,
+    /// Its firewall; without one frames pass unjudged.
+    pub firewall: Option<FirewallOptions>,
 }
 
 impl Default for PortOptions {
@@ -118,6 +150,7 @@ impl Default for PortOptions {
             admin_up: true,
             fdb_limit: DEFAULT_PORT_LIMIT,
             mtu: 0,
+            firewall: None,
         }
     }
 }
@@ -157,6 +190,8 @@ pub struct RxStats {
     pub bytes: u64,
     /// Frames that reached at least one output.
     pub forwarded: u64,
+    /// Fragments kept for their datagram; they are counted again when they go on (under "originated").
+    pub held: u64,
     /// Frames dropped, all reasons.
     pub dropped: u64,
     /// Frames dropped, by reason.
@@ -215,7 +250,7 @@ pub struct PmdReport {
 pub struct SwitchStats {
     /// Every port.
     pub ports: Vec<PortStats>,
-    /// Frames that the switch originated itself (announcements).
+    /// Frames that the switch originated itself: announcements, answers to rejected packets, released fragments.
     pub originated: RxStats,
     /// Ports that were removed: their counters are kept in these sums, so that totals never go back.
     pub removed: RxStats,
@@ -231,6 +266,10 @@ impl SwitchStats {
     /// Frames forwarded.
     pub fn forwarded(&self) -> u64 {
         self.inputs().map(|rx| rx.forwarded).sum()
+    }
+    /// Fragments kept.
+    pub fn held(&self) -> u64 {
+        self.inputs().map(|rx| rx.held).sum()
     }
     /// Frames dropped.
     pub fn dropped(&self) -> u64 {
@@ -274,6 +313,7 @@ struct Inner<K: Kinds> {
     removed: RxStats,
     /// One per PMD thread number: ledgers have a single writer.
     originated: BTreeMap<PmdId, Arc<RxLedger>>,
+    firewall: firewall::State,
 }
 
 /// The switch. See the module's documentation.
@@ -290,13 +330,14 @@ impl<K: Kinds> Switch<K> {
         Arc::new(Self {
             domain,
             clock,
-            forwarding: Arc::new(Published::new(Box::new(Forwarding { ports: Vec::new(), bridges: Vec::new() }))),
+            forwarding: Arc::new(Published::new(Box::new(Forwarding::default()))),
             inner: Mutex::new(Inner {
                 ports: BTreeMap::new(),
                 bridges: BTreeMap::new(),
                 pmds: BTreeMap::new(),
                 removed: RxStats::default(),
                 originated: BTreeMap::new(),
+                firewall: firewall::State::default(),
             }),
         })
     }
@@ -316,7 +357,9 @@ impl<K: Kinds> Switch<K> {
         let mut bridges: Vec<Option<Arc<BridgeEntry>>> = Vec::new();
         for (&id, record) in &inner.bridges {
             let members = inner.ports.iter().filter(|(_, p)| p.options.bridge == Some(id)).map(|(&id, _)| id).collect();
-            put(&mut bridges, id, BridgeEntry { id, fdb: Arc::clone(&record.fdb), members });
+            let members: Vec<_> = members;
+            let guarded = members.iter().any(|port| inner.firewall.ports.contains_key(port));
+            put(&mut bridges, id, BridgeEntry { id, fdb: Arc::clone(&record.fdb), members, guarded });
         }
         let mut ports = Vec::new();
         for (&id, record) in &inner.ports {
@@ -331,12 +374,14 @@ impl<K: Kinds> Switch<K> {
                     0 => 0,
                     mtu => u32::from(mtu) + 18,
                 },
+                firewall: inner.firewall.ports.get(&id).map(|record| record.firewall.clone()),
                 tx: record.tx.clone(),
                 tx_ledgers: Arc::clone(&record.tx_ledgers),
             };
             put(&mut ports, id, entry);
         }
-        drop(self.forwarding.replace(Some(Box::new(Forwarding { ports, bridges })), &self.domain));
+        let vms = inner.firewall.vms.values().map(|vm| Arc::clone(&vm.firewall)).collect();
+        drop(self.forwarding.replace(Some(Box::new(Forwarding { ports, bridges, vms })), &self.domain));
     }
 
     /// Starts a PMD thread. Queues that nobody polls yet are given to it.
@@ -349,6 +394,7 @@ impl<K: Kinds> Switch<K> {
         }
         let counters = Arc::new(PmdCounters::default());
         let originated = Arc::clone(inner.originated.entry(id).or_default());
+        let events = Arc::clone(inner.firewall.events.entry(id).or_default());
         let (outbox, inbox) = mailbox(options.sleeper.waker());
         let PmdOptions { name, idle, mut sleeper, on_start } = options;
         let (domain, forwarding, clock) = (Arc::clone(&self.domain), Arc::clone(&self.forwarding), self.clock.clone());
@@ -361,8 +407,17 @@ impl<K: Kinds> Switch<K> {
                 let guard = domain.register();
                 let _ = registered.send(guard.is_some());
                 let Some(guard) = guard else { return };
-                Worker::<K>::new(guard, forwarding, inbox, originated, clock, thread_idle, thread_counters)
-                    .run(sleeper.as_mut());
+                let parts = Parts {
+                    guard,
+                    forwarding,
+                    inbox,
+                    injected: originated,
+                    clock,
+                    idle: thread_idle,
+                    counters: thread_counters,
+                    events,
+                };
+                Worker::<K>::new(parts).run(sleeper.as_mut());
             })
             .map_err(|e| SwitchError::Thread(e.to_string()))?;
         if answer.recv() != Ok(true) {
@@ -400,6 +455,7 @@ impl<K: Kinds> Switch<K> {
         }
         inner.ports.clear();
         inner.bridges.clear();
+        inner.firewall = firewall::State::default();
         self.publish(&inner);
     }
 
@@ -462,6 +518,9 @@ impl<K: Kinds> Switch<K> {
         }
         let id =
             free_number(&inner.ports, MAX_PORTS).ok_or(SwitchError::TooMany { what: "ports", limit: MAX_PORTS })?;
+        if let Some(change) = inner.plan_port(id, &options)? {
+            inner.firewall.commit(change);
+        }
         let ledgers: Vec<_> = rx.iter().map(|_| Arc::new(RxLedger::default())).collect();
         let queues: Vec<_> = rx
             .into_iter()
@@ -493,6 +552,12 @@ impl<K: Kinds> Switch<K> {
     pub fn update_port(&self, id: PortId, options: PortOptions) -> Result<(), SwitchError> {
         let mut inner = self.lock();
         let vlan = inner.check_port(&options, Some(id))?;
+        if !inner.ports.contains_key(&id) {
+            return Err(SwitchError::NoPort(id));
+        }
+        if let Some(change) = inner.plan_port(id, &options)? {
+            inner.firewall.commit(change);
+        }
         let record = inner.ports.get_mut(&id).ok_or(SwitchError::NoPort(id))?;
         let moved = record.options.bridge != options.bridge || record.options.vlan != options.vlan;
         let former = record.options.bridge;
@@ -516,6 +581,10 @@ impl<K: Kinds> Switch<K> {
         let Some(record) = inner.ports.remove(&id) else { return Err(SwitchError::NoPort(id)) };
         for ledger in &record.ledgers {
             inner.removed.add(&read_rx(ledger));
+        }
+        if record.options.firewall.is_some() {
+            // Its addresses leave the groups. Fewer members cannot make valid rules invalid.
+            inner.replan()?;
         }
         self.publish(&inner);
         if let Some(bridge) = record.options.bridge.and_then(|b| inner.bridges.get(&b)) {
@@ -724,6 +793,7 @@ impl RxStats {
         self.frames += other.frames;
         self.bytes += other.bytes;
         self.forwarded += other.forwarded;
+        self.held += other.held;
         self.dropped += other.dropped;
         for (&reason, n) in &other.drops {
             *self.drops.entry(reason).or_default() += n;
@@ -745,6 +815,7 @@ fn read_rx(ledger: &RxLedger) -> RxStats {
         frames: ledger.frames.get(),
         bytes: ledger.bytes.get(),
         forwarded: ledger.forwarded.get(),
+        held: ledger.held.get(),
         dropped,
         drops,
     }

@@ -96,7 +96,8 @@ fn split_frames_are_judged_alike() {
                 let mut judge_split = || loop {
                     let head_len = head.min(frame.len());
                     let body = burst.body(0, head_len as u32);
-                    let packet = Packet { head: &frame[..head_len], body, toward, checksum: Checksum::Verify };
+                    let packet =
+                        Packet { head: &frame[..head_len], body, toward, checksum: Checksum::Verify, zone: None };
                     match split.track(&packet, 0) {
                         Judgement::NeedMore { bytes } => {
                             assert!(bytes as usize > head && bytes as usize <= frame.len(), "asks for what is there");

@@ -2,7 +2,7 @@
 use anyhow::{Context, Result, anyhow, bail};
 use ferry_guest::protocol::{
     Command, Direction, READY_ID, Reply, Request, Response, STREAM_PORT, ShellReport, TCP_ECHO_PORT, TICK_PORT,
-    TickReport, TransferReport, UDP_ECHO_PORT, UdpReport,
+    TickReport, TransferReport, UDP_ECHO_PORT, UdpReport, Vary,
 };
 use ferry_guest::stream;
 use std::collections::HashMap;
@@ -294,6 +294,20 @@ impl Agent {
     pub fn open_connections(&self, to: IpAddr, count: u32) -> Result<u64> {
         let to = SocketAddr::new(to, TCP_ECHO_PORT);
         handle(self.call(Command::ConnectionsOpen { to, count }, QUICK + Duration::from_millis(50) * count)?)
+    }
+
+    /// Sends frames as they are, past the network stack, `rounds` times; returns how many were sent.
+    ///
+    /// # Errors
+    /// When the agent reports an error.
+    pub fn send_frames(&self, frames: &[Vec<u8>], rounds: u32, vary: Option<Vary>) -> Result<u64> {
+        let hex = |f: &Vec<u8>| f.iter().map(|b| format!("{b:02x}")).collect();
+        let frames = frames.iter().map(hex).collect();
+        let command = Command::SendFrames { interface: "eth0".into(), frames, rounds, vary };
+        match self.call(command, Duration::from_secs(120))? {
+            Reply::Count(n) => Ok(n),
+            other => bail!("unexpected answer {other:?}"),
+        }
     }
 
     /// Echoes 64 bytes over every kept connection.

@@ -78,6 +78,7 @@ pub struct FerrydBuilder {
     ports: Vec<Port>,
     pmds: usize,
     namespace: Option<String>,
+    sections: String,
 }
 
 impl Default for FerrydBuilder {
@@ -89,7 +90,7 @@ impl Default for FerrydBuilder {
 impl FerrydBuilder {
     /// One bridge, br0; one PMD thread that is not pinned.
     pub fn new() -> Self {
-        Self { bridges: vec!["br0".into()], ports: Vec::new(), pmds: 1, namespace: None }
+        Self { bridges: vec!["br0".into()], ports: Vec::new(), pmds: 1, namespace: None, sections: String::new() }
     }
 
     /// Adds a bridge.
@@ -101,6 +102,13 @@ impl FerrydBuilder {
     /// Adds a port.
     pub fn port(mut self, port: Port) -> Self {
         self.ports.push(port);
+        self
+    }
+
+    /// Appends sections, written as in the configuration file.
+    pub fn sections(mut self, text: &str) -> Self {
+        self.sections += text;
+        self.sections += "\n";
         self
     }
 
@@ -130,6 +138,7 @@ impl FerrydBuilder {
         for b in &self.bridges {
             let _ = writeln!(t, "[[bridge]]\nname = {b:?}");
         }
+        t += &self.sections;
         for p in &self.ports {
             let _ = writeln!(t, "[[port]]\nname = {:?}", p.name);
             for (k, v) in &p.keys {
@@ -163,6 +172,8 @@ pub struct RxStats {
     pub bytes: u64,
     /// Frames that reached an output.
     pub forwarded: u64,
+    /// Fragments kept until their datagram was complete.
+    pub held: u64,
     /// Frames dropped, by reason.
     pub dropped: BTreeMap<String, u64>,
 }
@@ -177,14 +188,15 @@ impl RxStats {
         self.frames += other.frames;
         self.bytes += other.bytes;
         self.forwarded += other.forwarded;
+        self.held += other.held;
         for (reason, n) in &other.dropped {
             *self.dropped.entry(reason.clone()).or_default() += n;
         }
     }
 
-    /// `received = forwarded + dropped`.
+    /// `received = forwarded + held + dropped`.
     pub fn balanced(&self) -> bool {
-        self.frames == self.forwarded + self.dropped_total()
+        self.frames == self.forwarded + self.held + self.dropped_total()
     }
 }
 
@@ -431,6 +443,15 @@ impl Ferryd {
                 *p = port.clone();
             }
         }
+        self.reload()
+    }
+
+    /// Replaces the sections given to [`FerrydBuilder::sections`] at run time.
+    ///
+    /// # Errors
+    /// When the daemon refuses.
+    pub fn change_sections(&mut self, text: &str) -> Result<()> {
+        self.builder.sections = format!("{text}\n");
         self.reload()
     }
 

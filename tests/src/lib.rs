@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod failure;
 pub mod ferryd;
+pub mod frames;
 pub mod guest;
 pub mod netns;
 pub mod paths;

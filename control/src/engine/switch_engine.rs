@@ -135,6 +135,7 @@ impl<O: Opener> SwitchEngine<O> {
             admin_up: port.admin_up,
             fdb_limit: port.fdb_limit,
             mtu: port.mtu,
+            firewall: None,
         })
     }
 

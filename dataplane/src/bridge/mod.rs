@@ -6,6 +6,7 @@ pub mod vlan;
 use std::sync::Arc;
 
 use crate::counters::TxLedger;
+use crate::enforce::{PortFirewall, VmFirewall};
 use crate::qsbr::MAX_THREADS;
 use fdb::{Fdb, PortId};
 use vlan::VlanPolicy;
@@ -23,6 +24,8 @@ pub struct BridgeEntry {
     pub fdb: Arc<Fdb>,
     /// Its ports, in the order of their numbers.
     pub members: Vec<PortId>,
+    /// One of them has a firewall.
+    pub guarded: bool,
 }
 
 /// One port as the packet path sees it.
@@ -39,6 +42,8 @@ pub struct PortEntry<T> {
     pub fdb_limit: u32,
     /// Longest frame sent to it, bytes; 0: no limit but the port's own.
     pub max_frame_bytes: u32,
+    /// Its firewall; `None`: frames pass unjudged.
+    pub firewall: Option<PortFirewall>,
     /// Its transmit side.
     pub tx: T,
     /// One transmit ledger per PMD thread.
@@ -51,6 +56,14 @@ pub struct Forwarding<T> {
     pub ports: Vec<Option<Arc<PortEntry<T>>>>,
     /// Bridges by number.
     pub bridges: Vec<Option<Arc<BridgeEntry>>>,
+    /// VMs, whose tables the PMD threads keep free of what has expired.
+    pub vms: Vec<Arc<VmFirewall>>,
+}
+
+impl<T> Default for Forwarding<T> {
+    fn default() -> Self {
+        Self { ports: Vec::new(), bridges: Vec::new(), vms: Vec::new() }
+    }
 }
 
 impl<T> Forwarding<T> {

@@ -37,13 +37,15 @@ pub struct Packet<'a> {
     pub toward: Toward,
     /// What is known of its transport checksum.
     pub checksum: Checksum,
+    /// The zone its connection is in; `None`: the frame's VLAN identifier.
+    pub zone: Option<u16>,
 }
 
 impl<'a> Packet<'a> {
     /// A frame that lies in private memory as a whole.
     #[inline]
     pub fn whole(frame: &'a [u8], toward: Toward, checksum: Checksum) -> Self {
-        Self { head: frame, body: Body::EMPTY, toward, checksum }
+        Self { head: frame, body: Body::EMPTY, toward, checksum, zone: None }
     }
 
     /// Length of the frame, bytes.
@@ -265,7 +267,7 @@ pub fn dissect<'a>(packet: &Packet<'a>, verify_checksum: bool) -> Result<Dissect
         ParseError::NeedMore { bytes } => Refusal::NeedMore { bytes },
         _ => Refusal::Malformed(Malformed::Link),
     })?;
-    let zone = l2.vlan.map_or(0, |tag| tag.tci.vid().get());
+    let zone = packet.zone.unwrap_or_else(|| l2.vlan.map_or(0, |tag| tag.tci.vid().get()));
     let verify = verify_checksum && packet.checksum == Checksum::Verify;
     match l2.ethertype {
         EtherType::IPV4 => dissect_v4(packet, usize::from(l2.len), zone, verify),

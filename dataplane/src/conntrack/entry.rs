@@ -1,6 +1,11 @@
 //! One connection, as it lies in a table.
+use core::net::IpAddr;
+
 use super::config::MAX_TIMEOUT_MS;
-use super::key::{Key, Toward, Way};
+use super::key::{Flow, Key, Toward, Way};
+use super::tcp::TcpState;
+use crate::firewall::limits::Admission;
+use crate::packet::IpProto;
 
 const STATE: u8 = 0x0f;
 const OPENED_BY_REMOTE: u8 = 0x10;
@@ -24,7 +29,7 @@ pub struct Connection {
     pub policy_generation: u32,
     words: [u32; 12],
     traffic: [Traffic; 2],
-    /// What the policy said.
+    /// What policy and limits noted.
     pub decision: Decision,
     retrans: u8,
     status: u8,
@@ -69,6 +74,32 @@ impl Connection {
     #[inline]
     pub(super) fn set_seen_reply(&mut self) {
         self.status |= SEEN_REPLY;
+    }
+
+    /// Only one side has been heard of; for TCP: the handshake is not complete.
+    #[inline]
+    pub fn is_half_open(&self) -> bool {
+        if self.key.proto() == IpProto::TCP {
+            const { assert!(TcpState::SynSent as u8 == 1 && TcpState::SynRecv as u8 == 2 && TcpState::SynSent2 as u8 == 9) };
+            return matches!(self.state(), 0..=2 | 9);
+        }
+        !self.seen_reply()
+    }
+
+    /// The address that opened the connection.
+    #[inline]
+    pub fn opener(&self) -> IpAddr {
+        if self.opened() == Toward::Ingress { self.key.remote() } else { self.key.local() }
+    }
+
+    /// The connection as its first packet showed it to the policy.
+    #[inline]
+    pub fn opening_flow(&self) -> Flow {
+        let icmp = matches!(self.key.proto(), IpProto::ICMP | IpProto::ICMPV6).then(|| {
+            let (_, kind, code) = self.key.icmp();
+            (kind, code)
+        });
+        Flow { key: self.key, toward: self.opened(), icmp }
     }
 
     /// Known to be a real connection rather than a probe: not evicted while others can be.
@@ -203,31 +234,67 @@ impl Tally {
     }
 }
 
-/// A policy's decision in 16 bits: what to do, and where to.
+/// What the policy and the VM's limits noted about a connection, in 16 bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(transparent)]
-pub struct Decision(pub u16);
+pub struct Decision(u16);
 
 impl Decision {
-    /// The highest output number.
-    pub const MAX_OUTPUT: u16 = 0x3fff;
+    const ALLOWED: u16 = 1 << 15;
+    const HALF_OPEN: u16 = 1 << 14;
+    const SOURCE_COUNTED: u16 = 1 << 13;
+    const ADMITTED: u16 = 1 << 12;
 
-    /// `verdict` 0 to 3 and an output number; both are clipped to their bits.
+    /// The policy of [`Connection::policy_generation`] lets the connection's packets pass.
     #[inline]
-    pub const fn new(verdict: u8, output: u16) -> Self {
-        Self(((verdict as u16) << 14) | (output & Self::MAX_OUTPUT))
+    pub const fn allowed(self) -> bool {
+        self.0 & Self::ALLOWED != 0
     }
 
-    /// What to do: 0 is "not decided"; the rest is the policy's.
+    /// Notes that the policy lets the connection's packets pass.
     #[inline]
-    pub const fn verdict(self) -> u8 {
-        (self.0 >> 14) as u8
+    pub const fn with_allowed(self) -> Self {
+        Self(self.0 | Self::ALLOWED)
     }
 
-    /// Output number.
+    /// Notes that the policy drops them.
     #[inline]
-    pub const fn output(self) -> u16 {
-        self.0 & Self::MAX_OUTPUT
+    pub const fn without_allowed(self) -> Self {
+        Self(self.0 & !Self::ALLOWED)
+    }
+
+    /// How the VM's limits count the connection; `None`: not at all.
+    #[inline]
+    pub const fn admission(self) -> Option<Admission> {
+        if self.0 & Self::ADMITTED == 0 {
+            return None;
+        }
+        Some(Admission { tracked_source: self.0 & Self::SOURCE_COUNTED != 0, half_open: self.0 & Self::HALF_OPEN != 0 })
+    }
+
+    /// Notes how the VM's limits count the connection.
+    #[inline]
+    pub const fn with_admission(self, admission: Admission) -> Self {
+        let mut bits = self.0 & Self::ALLOWED | Self::ADMITTED;
+        if admission.half_open {
+            bits |= Self::HALF_OPEN;
+        }
+        if admission.tracked_source {
+            bits |= Self::SOURCE_COUNTED;
+        }
+        Self(bits)
+    }
+
+    /// The limits count the connection as half-open.
+    #[inline]
+    pub const fn counts_half_open(self) -> bool {
+        self.0 & Self::HALF_OPEN != 0
+    }
+
+    /// No longer counted as half-open.
+    #[inline]
+    pub(super) const fn opened(self) -> Self {
+        Self(self.0 & !Self::HALF_OPEN)
     }
 }
 

@@ -7,6 +7,7 @@
 use core::net::IpAddr;
 
 use hashbrown::HashMap;
+use serde::Serialize;
 
 use super::config::TrackConfig;
 use super::dissect::{FragmentFacts, Packet};
@@ -70,7 +71,7 @@ pub enum Accepted {
 }
 
 /// Counters of a [`FragmentQueue`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct FragmentStats {
     /// Fragments held at some time.
     pub held: u64,

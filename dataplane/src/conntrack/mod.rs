@@ -25,6 +25,7 @@ mod frag;
 mod generic;
 mod icmp;
 mod key;
+mod map;
 mod sctp;
 mod table;
 mod tcp;
@@ -39,10 +40,17 @@ pub use dissect::{
 pub use entry::{Connection, Decision, Tally, Traffic};
 pub use frag::{Accepted, Datagram, DatagramId, FragmentQueue, FragmentRefusal, FragmentStats};
 pub use key::{Flow, Key, Toward, Way};
+#[cfg(any(test, feature = "testing"))]
+pub use map::sample;
+pub use map::{
+    ConnHandle, ConnMap, Cursor, DEFAULT_CAPACITY, Dirt, Imported, MAX_CAPACITY, MapError, MapStats, Observer, Removal,
+    Tombstone, VERSION_BITS, VERSION_MAX, newer,
+};
 pub use sctp::SctpState;
 pub use table::{Change, ConnTable, InsertError, ModelTable, Stored};
 pub use tcp::TcpState;
 pub use tracker::{Judgement, Tracked, Tracker};
+pub(crate) use tracker::{judge, next_dither, refused};
 
 /// What a packet is to the connections known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -57,6 +65,21 @@ pub enum CtState {
     Invalid,
     /// Not tracked at all: IPv6 neighbour and multicast listener discovery.
     Untracked,
+}
+
+const _: () = assert!(CtState::New as u8 == 0 && CtState::Untracked as u8 == 4);
+
+impl CtState {
+    /// `new`, `established`, `related`, `invalid` or `untracked`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Established => "established",
+            Self::Related => "related",
+            Self::Invalid => "invalid",
+            Self::Untracked => "untracked",
+        }
+    }
 }
 
 /// Why a packet is invalid.

@@ -46,6 +46,8 @@ pub struct Tracked {
     pub fresh: bool,
     /// Why it is invalid.
     pub invalid: Option<Invalid>,
+    /// With this packet the connection stopped being half-open; whoever counts such connections is to be told.
+    pub opened: bool,
     /// The packet came in fragments, which wait for the verdict: see [`Tracker::fragments`].
     pub datagram: Option<Datagram>,
 }
@@ -59,6 +61,7 @@ impl Tracked {
             connection: None,
             fresh: false,
             invalid: Some(why),
+            opened: false,
             datagram: None,
         }
     }
@@ -71,6 +74,7 @@ impl Tracked {
             connection: Some(connection),
             fresh: false,
             invalid: None,
+            opened: false,
             datagram: None,
         }
     }
@@ -190,14 +194,14 @@ impl<T: ConnTable> Tracker<T> {
 }
 
 #[inline]
-fn next_dither(mut x: u32) -> u32 {
+pub(crate) fn next_dither(mut x: u32) -> u32 {
     x ^= x << 13;
     x ^= x >> 17;
     x ^ x << 5
 }
 
 #[cold]
-fn refused(refusal: Refusal) -> Judgement {
+pub(crate) fn refused(refusal: Refusal) -> Judgement {
     match refusal {
         Refusal::NeedMore { bytes } => Judgement::NeedMore { bytes },
         Refusal::Malformed(why) => Judgement::Malformed(why),
@@ -205,7 +209,9 @@ fn refused(refusal: Refusal) -> Judgement {
     }
 }
 
-fn judge<T: ConnTable>(
+/// Judges a packet that is not a fragment. Shared by [`Tracker`] and the packet path, whose tables and fragment queues belong to several
+/// threads. `dither`: any evenly distributed number.
+pub(crate) fn judge<T: ConnTable>(
     table: &mut T,
     config: &TrackConfig,
     dither: u32,
@@ -222,6 +228,7 @@ fn judge<T: ConnTable>(
             connection: None,
             fresh: false,
             invalid: None,
+            opened: false,
             datagram: None,
         },
         Dissected::NotIp(ethertype) => return Judgement::NotIp(*ethertype),
@@ -271,11 +278,17 @@ fn follow<T: ConnTable>(table: &mut T, config: &TrackConfig, dither: u32, facts:
                     change = Change::Semantic;
                 }
                 conn.account(way, facts.ip_len, dither);
+                let opened = conn.decision.counts_half_open() && !conn.is_half_open();
+                if opened {
+                    conn.decision = conn.decision.opened();
+                    change = Change::Semantic;
+                }
                 let stored = table.update(&conn, change.max(Change::Bookkeeping));
                 if stored == Stored::Done {
                     conn.version = conn.version.wrapping_add(1);
                 }
-                (stored, Tracked::known(state, flow, way, conn))
+                let opened = opened && stored == Stored::Done;
+                (stored, Tracked { opened, ..Tracked::known(state, flow, way, conn) })
             }
             Step::Invalid(why, change) => {
                 let stored = if change == Change::None { Stored::Done } else { table.update(&conn, change) };

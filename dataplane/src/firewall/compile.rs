@@ -523,6 +523,11 @@ impl CompiledPolicy {
         self.rules.len()
     }
 
+    /// One of the operator's rules passes packets untracked (the built-in ones, for protocols that need no tracking, do not count).
+    pub fn any_stateless(&self) -> bool {
+        self.rules.iter().zip(&self.outcomes).any(|(rule, outcome)| outcome.stateless && rule.group != BUILTIN_GROUP)
+    }
+
     /// Bytes of memory that are this policy's own (the document is shared).
     pub fn memory_bytes(&self) -> usize {
         let v4: usize = self.v4.iter().map(Table::memory_bytes).sum();

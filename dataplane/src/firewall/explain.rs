@@ -41,6 +41,15 @@ pub struct RuleLine {
     pub text: String,
 }
 
+impl RuleLine {
+    /// The rule of that number.
+    pub fn of(policy: &CompiledPolicy, id: RuleId) -> Option<Self> {
+        let at = policy.rule(id)?;
+        let (name, text) = (at.rule.name.clone(), at.rule.to_string());
+        Some(Self { group: at.group.map(Into::into), index: at.index, name, text })
+    }
+}
+
 impl fmt::Display for RuleLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.group {
@@ -235,9 +244,7 @@ impl Explainer<'_> {
     }
 
     fn line(&self, id: RuleId) -> Option<RuleLine> {
-        let at = self.policy.rule(id)?;
-        let (name, text) = (at.rule.name.clone(), at.rule.to_string());
-        Some(RuleLine { group: at.group.map(Into::into), index: at.index, name, text })
+        RuleLine::of(self.policy, id)
     }
 
     /// The rule matches, field by field.

@@ -261,6 +261,12 @@ impl SpoofTable {
         }
     }
 
+    /// `mac` is one of the port's.
+    #[inline]
+    pub fn has_mac(&self, mac: MacAddr) -> bool {
+        self.mac_bit(mac) != 0
+    }
+
     /// Anything is checked.
     pub fn is_enabled(&self) -> bool {
         self.enabled

@@ -15,7 +15,7 @@ use crate::pmd::{Command, IdleTuning, Kinds, PmdCounters, PolledQueue, Sleeper, 
 use crate::port::{Armed, RxQueue, TxCapabilities, TxPort, TxReport, Wake};
 use crate::qsbr::{Domain, Guard, Published};
 use crate::testing::NapSleeper;
-use crate::worker::Worker;
+use crate::worker::{Parts, Worker};
 
 /// Kinds of a synthetic switch.
 pub struct SyntheticKinds;
@@ -99,7 +99,7 @@ pub fn l2_worker(frame_bytes: usize, stations: u64) -> Option<Worker<SyntheticKi
         f.resize(frame_bytes.max(14), 0x5a);
         f
     });
-    let bridge = Arc::new(BridgeEntry { id: 0, fdb, members: vec![0, 1] });
+    let bridge = Arc::new(BridgeEntry { id: 0, fdb, members: vec![0, 1], guarded: false });
     let port = |id| {
         Some(Arc::new(PortEntry {
             id,
@@ -108,23 +108,28 @@ pub fn l2_worker(frame_bytes: usize, stations: u64) -> Option<Worker<SyntheticKi
             admin_up: true,
             fdb_limit: u32::MAX,
             max_frame_bytes: 0,
+            firewall: None,
             tx: SyntheticTx(Arc::new(Sink(UnsafeCell::new(vec![0; BURST * SLOT_BYTES])))),
             tx_ledgers: Arc::new(core::array::from_fn(|_| TxLedger::default())),
         }))
     };
-    let forwarding =
-        Forwarding { ports: vec![Some(port(0)?), Some(port(1)?)], bridges: vec![Some(Arc::clone(&bridge))] };
+    let forwarding = Forwarding {
+        ports: vec![Some(port(0)?), Some(port(1)?)],
+        bridges: vec![Some(Arc::clone(&bridge))],
+        vms: Vec::new(),
+    };
     let (outbox, inbox) = mailbox(NapSleeper::default().waker());
     let rx = SyntheticRx { frames: frames.collect(), next: 0 };
     outbox.send(Command::Add(Box::new(PolledQueue { rx, port: 0, queue: 0, ledger: Arc::new(RxLedger::default()) })));
     let domain = Domain::new();
-    Some(Worker::new(
-        domain.register()?,
-        Arc::new(Published::new(Box::new(forwarding))),
+    Some(Worker::new(Parts {
+        guard: domain.register()?,
+        forwarding: Arc::new(Published::new(Box::new(forwarding))),
         inbox,
-        Arc::new(RxLedger::default()),
-        Clock::simulated().0,
-        Arc::new(IdleTuning::new(0, 0)),
-        Arc::new(PmdCounters::default()),
-    ))
+        injected: Arc::new(RxLedger::default()),
+        clock: Clock::simulated().0,
+        idle: Arc::new(IdleTuning::new(0, 0)),
+        counters: Arc::new(PmdCounters::default()),
+        events: Arc::default(),
+    }))
 }

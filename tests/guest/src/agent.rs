@@ -1,6 +1,6 @@
 //! The command loop: one thread per running command, answers remembered so that a repeated request is answered
 //! again instead of being run again.
-use crate::{shell, workload};
+use crate::{raw, shell, workload};
 use ferry_guest::protocol::{Command, READY_ID, Reply, Request, Response};
 use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
@@ -115,6 +115,9 @@ fn run(command: Command) -> Result<Reply, String> {
             workload::connections_exercise(handle, payload_bytes, Duration::from_millis(timeout_ms))
         }
         Command::ConnectionsClose { handle } => workload::connections_close(handle).map(|()| Reply::Done),
+        Command::SendFrames { interface, frames, rounds, vary } => {
+            raw::send(&interface, &frames, rounds, vary).map(Reply::Count)
+        }
         Command::DirtyStart { size_mb, mb_per_s } => Ok(Reply::Handle(workload::dirty_start(size_mb, mb_per_s))),
         Command::DirtyStop { handle } => workload::dirty_stop(handle).map(|()| Reply::Done),
     }

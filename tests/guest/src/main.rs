@@ -2,6 +2,7 @@
 //! otherwise (inside a network namespace) it serves them on standard input and output.
 mod agent;
 mod init;
+mod raw;
 mod services;
 mod shell;
 mod system;

@@ -146,6 +146,17 @@ pub enum Command {
         /// Handle from [`Command::ConnectionsOpen`].
         handle: u64,
     },
+    /// Sends Ethernet frames as they are, past the network stack. Answers with the number sent.
+    SendFrames {
+        /// Interface.
+        interface: String,
+        /// The frames, in hexadecimal.
+        frames: Vec<String>,
+        /// How often all of them are sent.
+        rounds: u32,
+        /// Counts up in every frame from round to round.
+        vary: Option<Vary>,
+    },
     /// Rewrites `size_mb` of memory over and over at `mb_per_s`. Answers with a handle.
     DirtyStart {
         /// Size of the region, MB.
@@ -158,6 +169,15 @@ pub enum Command {
         /// Handle.
         handle: u64,
     },
+}
+
+/// A big-endian 16-bit number in a frame that counts up, and the Internet checksum that covers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vary {
+    /// Where the number is, bytes from the frame's start; even relative to what the checksum covers.
+    pub at: usize,
+    /// Where the checksum is, bytes from the frame's start.
+    pub checksum_at: usize,
 }
 
 /// What an agent answers.

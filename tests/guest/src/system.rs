@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 fn check(result: libc::c_long) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
@@ -63,4 +63,36 @@ pub fn force_receive_buffer(socket: &impl AsRawFd, bytes: i32) -> io::Result<()>
         )
     };
     check(r.into())
+}
+
+/// A socket that sends whole frames through one interface.
+pub fn packet_socket(interface: &str) -> io::Result<OwnedFd> {
+    let name = CString::new(interface)?;
+    // SAFETY: a NUL-terminated string that lives across the call.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    if index == 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: no memory is involved.
+    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor that was just made and that nobody else owns.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: sockaddr_ll is plain data for which zeroes are a valid value.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_ifindex = index as i32;
+    let size = std::mem::size_of_val(&address) as libc::socklen_t;
+    // SAFETY: an address of the given size that lives across the call.
+    check(unsafe { libc::bind(fd, (&raw const address).cast(), size) }.into())?;
+    Ok(socket)
+}
+
+/// Sends one frame.
+pub fn send(socket: &OwnedFd, frame: &[u8]) -> io::Result<()> {
+    // SAFETY: a valid descriptor and a buffer of the given length.
+    let n = unsafe { libc::send(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+    if n < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

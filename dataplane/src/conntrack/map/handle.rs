@@ -1,0 +1,91 @@
+//! A thread's access to the map.
+use super::super::entry::Connection;
+use super::super::key::Key;
+use super::super::table::{Change, ConnTable, InsertError, Stored};
+use super::slot::Read;
+use super::stats::Counters;
+use super::{ConnMap, Observer, Removal};
+
+/// One thread's way to the map, for the time of a burst or longer. Remembers where it found the last connection, so that
+/// [`ConnTable::update`] and [`ConnTable::remove`] after a lookup do not search again.
+pub struct ConnHandle<'a> {
+    map: &'a ConnMap,
+    observer: &'a dyn Observer,
+    thread: usize,
+    /// Where the last lookup ended; a guess.
+    last: u32,
+}
+
+impl<'a> ConnHandle<'a> {
+    pub(super) fn new(map: &'a ConnMap, observer: &'a dyn Observer, thread: usize) -> Self {
+        Self { map, observer, thread, last: 0 }
+    }
+
+    /// The map.
+    pub fn map(&self) -> &'a ConnMap {
+        self.map
+    }
+
+    /// As [`ConnTable::lookup`], for a key whose hash is known. An expired entry is deleted and not found.
+    ///
+    /// `None` also for an entry that another thread has been changing for about ten microseconds, that is, when that thread was
+    /// preempted in the middle of some twenty stores; it is as if the packet had come before the connection, and an insertion then says
+    /// [`InsertError::Exists`].
+    #[inline]
+    pub fn lookup_hashed(&mut self, key: &Key, hash: u64, now_ms: u64) -> Option<Connection> {
+        let words = key.words();
+        let places = self.map.index.places(hash);
+        let (number, read) =
+            self.map.index.find(&places, |number, _| match self.map.slab.slot(number)?.read(&words) {
+                Read::Absent => None,
+                read => Some((number, read)),
+            })?;
+        let Read::Live(connection) = read else {
+            Counters::count(&self.map.counters(self.thread).busy);
+            return None;
+        };
+        if connection.is_expired(now_ms) {
+            self.map.remove_copied(number, &connection, Removal::Expired, self.observer, self.thread);
+            return None;
+        }
+        self.last = number;
+        Some(connection)
+    }
+}
+
+impl ConnTable for ConnHandle<'_> {
+    #[inline]
+    fn lookup(&mut self, key: &Key, now_ms: u64) -> Option<Connection> {
+        self.lookup_hashed(key, self.map.hash(key), now_ms)
+    }
+
+    #[inline]
+    fn insert(&mut self, connection: &Connection, now_ms: u64) -> Result<(), InsertError> {
+        self.last = self.map.insert(connection, None, now_ms, self.observer, self.thread)?;
+        Ok(())
+    }
+
+    #[inline]
+    fn update(&mut self, connection: &Connection, change: Change) -> Stored {
+        if let Some(stored) = self.map.update_at(self.last, connection, change) {
+            return stored;
+        }
+        self.map.update(connection, change)
+    }
+
+    #[inline]
+    fn remove(&mut self, connection: &Connection) -> Stored {
+        if self.map.remove_copied(self.last, connection, Removal::Finished, self.observer, self.thread) {
+            return Stored::Done;
+        }
+        self.map.remove_found(connection, Removal::Finished, self.observer, self.thread)
+    }
+
+    fn expire(&mut self, now_ms: u64, budget: usize) -> usize {
+        self.map.sweep_as(now_ms, budget, self.observer, self.thread)
+    }
+
+    fn len(&self) -> usize {
+        self.map.len()
+    }
+}
