@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::config::{
-    self, BridgeConfig, Config, DpdkConfig, FlowLogConfig, MAX_PORTS, PmdSpec, PortConfig, VmConfig,
+    self, BridgeConfig, Config, DpdkConfig, FlowLogConfig, MAX_PORTS, PmdSpec, PortConfig, VmSpec,
 };
 
 /// Lists of named entries in the configuration.
@@ -77,16 +77,16 @@ pub enum Step {
     /// Removes a bridge without ports.
     RemoveBridge(BridgeConfig),
     /// Adds a VM: its connection table, empty.
-    AddVm(VmConfig),
+    AddVm(VmSpec),
     /// Changes a VM's settings.
     UpdateVm {
         /// Before.
-        from: VmConfig,
+        from: VmSpec,
         /// After.
-        to: VmConfig,
+        to: VmSpec,
     },
     /// Removes a VM without ports, and its connections.
-    RemoveVm(VmConfig),
+    RemoveVm(VmSpec),
     /// Replaces security groups and address sets, for all ports at once.
     SetPolicy {
         /// Before.
@@ -242,7 +242,7 @@ pub fn plan(from: &State, to: &Config, dpdk_started: bool) -> Plan {
         }
     }
 
-    let (old_vms, new_vms) = (running.vms(), to.vms());
+    let (old_vms, new_vms) = (running.vm_specs(), to.vm_specs());
     for (name, vm) in &new_vms {
         match old_vms.get(name) {
             None => steps.push(Step::AddVm(vm.clone())),

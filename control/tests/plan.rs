@@ -21,7 +21,7 @@ struct Model {
     bridges: BTreeMap<String, BridgeConfig>,
     ports: BTreeMap<String, PortConfig>,
     queues: BTreeMap<(String, u32), usize>,
-    vms: BTreeMap<String, VmConfig>,
+    vms: BTreeMap<String, VmSpec>,
     policy: PolicyDocument,
     dpdk: DpdkConfig,
 }
@@ -64,12 +64,12 @@ impl Model {
 }
 
 impl Engine for ModelEngine {
-    fn add_vm(&mut self, vm: &VmConfig) -> Result<(), EngineError> {
+    fn add_vm(&mut self, vm: &VmSpec) -> Result<(), EngineError> {
         self.step("add_vm")?;
         assert!(self.model.lock().unwrap().vms.insert(vm.name.clone(), vm.clone()).is_none());
         Ok(())
     }
-    fn update_vm(&mut self, vm: &VmConfig) -> Result<(), EngineError> {
+    fn update_vm(&mut self, vm: &VmSpec) -> Result<(), EngineError> {
         self.step("update_vm")?;
         assert!(self.model.lock().unwrap().vms.insert(vm.name.clone(), vm.clone()).is_some_and(|old| old != *vm));
         Ok(())
@@ -99,8 +99,11 @@ impl Engine for ModelEngine {
     fn vm_stats(&self, _: &str) -> Result<VmStats, EngineError> {
         Ok(VmStats::default())
     }
-    fn firewall_stats(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
+    fn firewall_stats(&self) -> BTreeMap<String, FirewallStats> {
         BTreeMap::new()
+    }
+    fn housekeeper(&self) -> Box<dyn Fn() + Send> {
+        Box::new(|| ())
     }
     fn take_firewall_events(&mut self, _: &mut Vec<FirewallRecord>) -> u64 {
         0
@@ -304,7 +307,7 @@ fn matches(model: &Model, state: &State) {
     assert_eq!(model.bridges, c.bridge.iter().map(|b| (b.name.clone(), b.clone())).collect());
     assert_eq!(model.ports, c.port.iter().map(|p| (p.name.clone(), p.clone())).collect());
     assert_eq!(model.queues, state.placement);
-    assert_eq!(model.vms, c.vms());
+    assert_eq!(model.vms, c.vm_specs());
     assert_eq!(model.policy, c.policy());
     assert_eq!(model.queues.len(), c.port.iter().map(|p| p.rx_queues() as usize).sum::<usize>());
     for p in c.port.iter().filter(|p| !p.rxq_affinity.is_empty()) {

@@ -41,6 +41,9 @@ pub struct Status {
     pub received: u64,
     /// Of those: forwarded.
     pub forwarded: u64,
+    /// Of those: fragments kept until their datagram is complete.
+    #[serde(default)]
+    pub held: u64,
     /// Of those: dropped.
     pub dropped: u64,
     /// Log filter.
@@ -159,6 +162,7 @@ impl Status {
             ports,
             received: stats.inputs().map(|r| r.frames).sum(),
             forwarded: stats.inputs().map(|r| r.forwarded).sum(),
+            held: stats.inputs().map(|r| r.held).sum(),
             dropped: stats.inputs().map(|r| r.dropped_total()).sum(),
             log_level: config.log.level.clone(),
             dpdk_started: core.engine().dpdk_started(),

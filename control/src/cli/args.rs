@@ -54,7 +54,7 @@ pub enum Command {
     /// Learned addresses.
     #[command(subcommand)]
     Fdb(FdbCommand),
-    /// Shows counters and checks that every received frame was forwarded or dropped for a named reason.
+    /// Shows counters and checks that every received frame was forwarded, held (a fragment) or dropped for a named reason.
     Stats(StatsArgs),
     /// PMD threads.
     #[command(subcommand)]
@@ -249,7 +249,7 @@ pub struct StatsArgs {
     /// Shows them again and again, with rates; every so many seconds.
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub watch: Option<u64>,
-    /// Fails (status 5) unless received = forwarded + dropped on every queue, which holds whenever no burst is under way.
+    /// Fails (status 5) unless received = forwarded + held + dropped on every queue, which holds whenever no burst is under way.
     #[arg(long, conflicts_with = "watch")]
     pub check: bool,
 }

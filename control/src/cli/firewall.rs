@@ -81,7 +81,7 @@ fn text(d: &Drops, now_ms: u64) -> String {
             l.port.clone(),
             l.direction.clone(),
             if l.reason.is_empty() { l.kind.clone() } else { l.reason.clone() },
-            l.flow.as_ref().map_or("-".to_owned(), ToString::to_string),
+            l.flow.as_ref().map(ToString::to_string).or_else(|| l.link.clone()).unwrap_or_else(|| "-".to_owned()),
             l.rule.clone().unwrap_or_else(|| "-".to_owned()),
         ]);
     }
@@ -115,6 +115,7 @@ mod tests {
             kind: "denied".into(),
             reason: "policy".into(),
             rule: None,
+            link: None,
             flow: Some(FlowView {
                 protocol_number: 6,
                 src: [10, 0, 0, 1].into(),

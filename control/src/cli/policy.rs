@@ -213,7 +213,7 @@ fn compile_all(config: &Config) -> std::result::Result<BTreeMap<String, usize>, 
     for port in &config.port {
         let Some(firewall) = &port.firewall else { continue };
         let compiled = explain::compiled(config, firewall, &mut book).map_err(|e| format!("port {}: {e}", port.name))?;
-        out.insert(port.name.clone(), explain::rule_count(&compiled));
+        out.insert(port.name.clone(), compiled.rule_count());
     }
     Ok(out)
 }

@@ -163,7 +163,9 @@ fn status(s: &Status) -> String {
         s.bridges,
         s.ports.values().sum::<usize>()
     );
-    let _ = writeln!(out, "frames: {} received, {} forwarded, {} dropped", s.received, s.forwarded, s.dropped);
+    let held = if s.held > 0 { format!("{} fragments held, ", s.held) } else { String::new() };
+    let _ =
+        writeln!(out, "frames: {} received, {} forwarded, {held}{} dropped", s.received, s.forwarded, s.dropped);
     let _ =
         writeln!(out, "log level: {}; DPDK: {}", s.log_level, if s.dpdk_started { "running" } else { "not started" });
     if !s.damage.is_empty() {
@@ -517,7 +519,7 @@ fn unbalanced(client: &Client, path: &str, mut stats: Stats) -> Result<Option<Cl
         stats = typed(client.get(path)?)?;
         wrong = imbalances(&stats);
     }
-    let message = format!("received is not forwarded + dropped: {}", wrong.join("; "));
+    let message = format!("received is not forwarded + held + dropped: {}", wrong.join("; "));
     Ok((!wrong.is_empty()).then_some(CliError::Unbalanced(message)))
 }
 
@@ -527,7 +529,13 @@ fn imbalances(s: &Stats) -> Vec<String> {
         .chain([("originated".to_owned(), &s.originated), ("removed ports".to_owned(), &s.removed)])
         .filter(|(_, q)| q.imbalance() != 0)
         .map(|(name, q)| {
-            format!("{name}: {} received, {} forwarded, {} dropped", q.frames, q.forwarded, q.dropped_total())
+            format!(
+                "{name}: {} received, {} forwarded, {} held, {} dropped",
+                q.frames,
+                q.forwarded,
+                q.held,
+                q.dropped_total()
+            )
         })
         .collect()
 }
@@ -550,7 +558,7 @@ fn stats_text(s: &Stats, before: Option<(Duration, &Stats)>) -> String {
         n => format!("{n:+}"),
     };
 
-    let mut heads = vec!["PORT", "QUEUE", "PMD", "RECEIVED", "FORWARDED", "DROPPED", "CHECK"];
+    let mut heads = vec!["PORT", "QUEUE", "PMD", "RECEIVED", "FORWARDED", "HELD", "DROPPED", "CHECK"];
     if watch {
         heads.push("RX/s");
     }
@@ -571,6 +579,7 @@ fn stats_text(s: &Stats, before: Option<(Duration, &Stats)>) -> String {
                 q.pmd.map_or("-".into(), |n| n.to_string()),
                 q.frames.to_string(),
                 q.forwarded.to_string(),
+                q.held.to_string(),
                 q.dropped_total().to_string(),
                 verdict(q),
             ];
@@ -597,6 +606,7 @@ fn stats_text(s: &Stats, before: Option<(Duration, &Stats)>) -> String {
                 "-".into(),
                 q.frames.to_string(),
                 q.forwarded.to_string(),
+                q.held.to_string(),
                 q.dropped_total().to_string(),
                 verdict(q),
             ];
@@ -609,13 +619,14 @@ fn stats_text(s: &Stats, before: Option<(Duration, &Stats)>) -> String {
     }
     let sum = |f: fn(&RxStats) -> u64| s.inputs().map(f).sum::<u64>();
     let (received, forwarded, dropped) = (sum(|q| q.frames), sum(|q| q.forwarded), sum(RxStats::dropped_total));
-    let difference = i128::from(received) - i128::from(forwarded) - i128::from(dropped);
+    let held = sum(|q| q.held);
+    let difference = s.inputs().map(RxStats::imbalance).sum::<i128>();
     let check = match difference {
         0 => state("OK", colours),
         n => format!("{n:+} (frames on their way while the counters were read)"),
     };
     format!(
-        "{}\n{}\nreceived = forwarded + dropped: {received} = {forwarded} + {dropped}  {check}\n",
+        "{}\n{}\nreceived = forwarded + held + dropped: {received} = {forwarded} + {held} + {dropped}  {check}\n",
         rx.render(),
         tx.render()
     )

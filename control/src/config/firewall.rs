@@ -17,7 +17,7 @@ use super::model::{Config, PortConfig};
 /// Connections a VM's table holds unless configured otherwise.
 pub const DEFAULT_CONNECTIONS: u32 = 1_000_000;
 /// Most connections a VM's table can hold.
-pub const MAX_CONNECTIONS: u32 = 16_000_000;
+pub const MAX_CONNECTIONS: u32 = ferry_dataplane::conntrack::MAX_CAPACITY;
 
 /// `[[vm]]`: a name under which ports share one connection table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,7 +25,7 @@ pub const MAX_CONNECTIONS: u32 = 16_000_000;
 pub struct VmConfig {
     /// Its name.
     pub name: String,
-    /// Connections its table holds. A change makes a new, empty table.
+    /// Connections its table holds.
     pub connections: u32,
     /// Its new and denied connections go to the flow log, when that is enabled.
     pub flow_log: bool,
@@ -45,6 +45,21 @@ impl Default for VmConfig {
             tracking: TrackConfig::default(),
         }
     }
+}
+
+/// A VM as the switch takes it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VmSpec {
+    /// Its name.
+    pub name: String,
+    /// Connections its table holds.
+    pub connections: u32,
+    /// How many connections it may have.
+    pub limits: LimitsConfig,
+    /// How its connections are tracked.
+    pub tracking: TrackConfig,
+    /// Every new connection is reported, not only those of rules that ask for the flow log.
+    pub log_new: bool,
 }
 
 /// `[port.firewall]`
@@ -117,6 +132,17 @@ pub enum FlowLogTarget {
     File,
 }
 
+/// What goes to the flow log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FlowLogScope {
+    /// Whatever VMs with `flow_log` open and are denied.
+    #[default]
+    All,
+    /// Of that, what rules with `log` and ports with `log_default` decide.
+    Marked,
+}
+
 /// `[flow_log]`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -128,6 +154,8 @@ pub struct FlowLogConfig {
     /// The file, for [`FlowLogTarget::File`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
+    /// Which connections are written.
+    pub scope: FlowLogScope,
     /// New connections are written.
     pub new: bool,
     /// Denied ones are written.
@@ -144,6 +172,7 @@ impl Default for FlowLogConfig {
             enabled: false,
             to: FlowLogTarget::default(),
             file: None,
+            scope: FlowLogScope::default(),
             new: true,
             denied: true,
             per_second: 100,
@@ -168,6 +197,20 @@ impl Config {
             Some((p.name.clone(), VmConfig { name: p.name.clone(), limits, ..VmConfig::default() }))
         });
         self.vm.iter().map(|v| (v.name.clone(), v.clone())).chain(own).collect()
+    }
+
+    /// All VMs by name, as the switch takes them.
+    pub fn vm_specs(&self) -> BTreeMap<String, VmSpec> {
+        let log = &self.flow_log;
+        let log_new = log.enabled && log.new && log.scope == FlowLogScope::All;
+        let spec = |v: VmConfig| VmSpec {
+            name: v.name,
+            connections: v.connections,
+            limits: v.limits,
+            tracking: v.tracking,
+            log_new: log_new && v.flow_log,
+        };
+        self.vms().into_iter().map(|(name, v)| (name, spec(v))).collect()
     }
 
     /// Groups and address sets as the dataplane takes them.

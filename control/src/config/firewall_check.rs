@@ -1,7 +1,9 @@
 //! Checks of the firewall's entries against each other: VMs, groups, sets, and what ports make of them.
 use std::collections::HashMap;
 
+use ferry_dataplane::enforce::MAX_VM_PORTS;
 use ferry_dataplane::firewall::{PolicyDocument, PolicyError};
+use ferry_dataplane::switch::firewall::MAX_VMS;
 
 use super::firewall::FlowLogTarget;
 use super::model::{Config, PortConfig};
@@ -11,6 +13,7 @@ use super::schema::did_you_mean;
 /// Adds everything wrong with the firewall's part of `config`.
 pub(super) fn check(config: &Config, problems: &mut Vec<Problem>) {
     check_vms(config, problems);
+    check_counts(config, problems);
     if config.flow_log.to == FlowLogTarget::File && config.flow_log.file.is_none() {
         problems.push(Problem::value(
             "flow_log.file",
@@ -42,6 +45,28 @@ fn check_vms(config: &Config, problems: &mut Vec<Problem>) {
         }
         if vm.limits.tracked_sources == 0 && limits_sources(&vm.limits) {
             problems.push(untracked(&format!("vm[{i}].limits")));
+        }
+    }
+}
+
+/// Limits of the switch.
+fn check_counts(config: &Config, problems: &mut Vec<Problem>) {
+    let vms = config.vms();
+    if vms.len() > MAX_VMS {
+        problems.push(Problem::value(
+            "vm",
+            format!("{} VMs, counting ports that are VMs of their own; at most {MAX_VMS} are possible", vms.len()),
+            "let ports share VMs by their key `vm`",
+        ));
+    }
+    for (i, vm) in config.vm.iter().enumerate() {
+        let ports = config.ports_of(&vm.name).count();
+        if ports > usize::from(MAX_VM_PORTS) {
+            problems.push(Problem::value(
+                format!("vm[{i}].name"),
+                format!("VM \"{}\" has {ports} ports; at most {MAX_VM_PORTS} are possible", vm.name),
+                "move some to another VM",
+            ));
         }
     }
 }

@@ -31,7 +31,7 @@ pub static VM: Section = plain(
             "connections",
             Kind::Int(1024, MAX_CONNECTIONS as i64),
             "1000000",
-            "Connections its table holds. Changing it starts with an empty table: connections are picked up again as `tracking.tcp_loose` allows.",
+            "Connections its table holds. When that changes, they move to a table of the new size while traffic goes on.",
         ),
         opt(
             "flow_log",
@@ -376,7 +376,7 @@ static REJECT: Section = plain(
 
 /// `[flow_log]`
 pub static FLOW_LOG: Section = plain(
-    "Log of new and denied connections, as the rules' `log`, the ports' `log_default` and the VMs' `flow_log` ask for it. Limited in rate: what goes beyond is counted, and the count written.",
+    "Log of new and denied connections. Limited in rate: what goes beyond is counted, and the count written.",
     &[
         opt("enabled", Kind::Bool, "false", "Writes it."),
         opt(
@@ -390,6 +390,12 @@ pub static FLOW_LOG: Section = plain(
             Kind::Text(Text::FilePath),
             "",
             "Path of the file, which is opened for appending, and again at each reload (for logrotate).",
+        ),
+        opt(
+            "scope",
+            Kind::Text(Text::OneOf(&["all", "marked"])),
+            "\"all\"",
+            "\"all\": whatever VMs with `flow_log` open and are denied. \"marked\": of that, only what rules with `log` and ports with `log_default` decide.",
         ),
         opt("new", Kind::Bool, "true", "Writes new connections."),
         opt("denied", Kind::Bool, "true", "Writes denied connections and refused frames."),

@@ -1,4 +1,5 @@
 //! What the daemon asks of the switch, and what it is told.
+mod firewall_view;
 pub mod sleeper;
 mod switch_engine;
 
@@ -10,7 +11,7 @@ use ferry_dataplane::firewall::PolicyDocument;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::{BridgeConfig, DpdkConfig, PmdSpec, PortConfig, VmConfig};
+use crate::config::{BridgeConfig, DpdkConfig, PmdSpec, PortConfig, VmSpec};
 use crate::firewall::connection::ConnectionView;
 use crate::firewall::filter::Filter;
 use crate::firewall::packet_text::Described;
@@ -53,9 +54,9 @@ pub trait Engine: Send {
     /// Removes a bridge without ports.
     fn remove_bridge(&mut self, name: &str) -> Result<(), EngineError>;
     /// Adds a VM, with an empty connection table.
-    fn add_vm(&mut self, vm: &VmConfig) -> Result<(), EngineError>;
-    /// Changes a VM. Another capacity makes a new, empty table.
-    fn update_vm(&mut self, vm: &VmConfig) -> Result<(), EngineError>;
+    fn add_vm(&mut self, vm: &VmSpec) -> Result<(), EngineError>;
+    /// Changes a VM; its connections stay, as far as a smaller table holds them.
+    fn update_vm(&mut self, vm: &VmSpec) -> Result<(), EngineError>;
     /// Removes a VM without ports, and its connections.
     fn remove_vm(&mut self, name: &str) -> Result<(), EngineError>;
     /// Replaces security groups and address sets for all ports at once.
@@ -81,10 +82,12 @@ pub trait Engine: Send {
     fn flush_connections(&mut self, vm: &str, filter: &Filter) -> Result<u64, EngineError>;
     /// How a VM's connection table and limits are doing.
     fn vm_stats(&self, vm: &str) -> Result<VmStats, EngineError>;
-    /// What the firewall counted, by port and reason; ports without a firewall are left out.
-    fn firewall_stats(&self) -> BTreeMap<String, BTreeMap<String, u64>>;
+    /// What the firewall counted, by port; ports without a firewall are left out.
+    fn firewall_stats(&self) -> BTreeMap<String, FirewallStats>;
     /// Takes what was reported of single connections since the last call; returns how many reports were lost.
     fn take_firewall_events(&mut self, out: &mut Vec<FirewallRecord>) -> u64;
+    /// What is to be called now and then, not under the daemon's lock: it gets memory ready before traffic needs it.
+    fn housekeeper(&self) -> Box<dyn Fn() + Send>;
     /// Walks a packet through every stage, as if it came from or went to `port`, without any effect.
     fn trace(&self, port: &str, packet: &Described) -> Result<Trace, EngineError>;
     /// How a port is doing.
@@ -136,6 +139,39 @@ pub struct VmStats {
     pub detail: Value,
 }
 
+/// What a port's firewall counted.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FirewallStats {
+    /// The VM.
+    pub vm: String,
+    /// Raised whenever the port's rules change: connections judged under another one are judged again.
+    pub generation: u32,
+    /// Rules, built-in ones included.
+    pub rules: u64,
+    /// Towards the VM.
+    pub ingress: FirewallDirection,
+    /// From the VM.
+    pub egress: FirewallDirection,
+    /// Answers to rejected packets, as the switch tells it.
+    #[serde(default)]
+    pub reject: Value,
+}
+
+/// One direction of a port's firewall.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FirewallDirection {
+    /// Packets by connection state: new, established, related, invalid, untracked.
+    pub packets: BTreeMap<String, u64>,
+    /// Packets for which the rules were asked.
+    pub policy_lookups: u64,
+    /// Connections judged again because the rules had changed.
+    pub reevaluated: u64,
+    /// Connections that began.
+    pub opened: u64,
+    /// Packets dropped, by reason; reasons that never occurred are left out.
+    pub denied: BTreeMap<String, u64>,
+}
+
 /// A packet's way through the switch.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Trace {
@@ -176,7 +212,7 @@ pub struct FdbEntry {
 pub struct Stats {
     /// By port.
     pub ports: Vec<PortStats>,
-    /// Frames that the switch originated itself (announcements).
+    /// Frames that the switch originated itself: announcements, answers to rejected packets, released fragments.
     #[serde(default)]
     pub originated: RxStats,
     /// Sums over ports that were removed, so that totals never go back.
@@ -222,6 +258,9 @@ pub struct RxStats {
     pub bytes: u64,
     /// Frames that reached at least one output.
     pub forwarded: u64,
+    /// Fragments kept until their datagram is complete; they are counted again, as originated frames, when they go on.
+    #[serde(default)]
+    pub held: u64,
     /// Frames dropped, by reason; reasons that never occurred are left out.
     pub dropped: BTreeMap<String, u64>,
 }
@@ -231,9 +270,9 @@ impl RxStats {
     pub fn dropped_total(&self) -> u64 {
         self.dropped.values().sum()
     }
-    /// `received - forwarded - dropped`: 0 unless a burst is under way.
+    /// `received - forwarded - held - dropped`: 0 unless a burst is under way.
     pub fn imbalance(&self) -> i128 {
-        i128::from(self.frames) - i128::from(self.forwarded) - i128::from(self.dropped_total())
+        i128::from(self.frames) - i128::from(self.forwarded) - i128::from(self.held) - i128::from(self.dropped_total())
     }
 }
 

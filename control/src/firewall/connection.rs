@@ -3,6 +3,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ferry_dataplane::conntrack::{Connection, SctpState, TcpState, Toward, Way};
+use ferry_dataplane::enforce::PortFirewall;
 use ferry_dataplane::packet::IpProto;
 use serde::{Deserialize, Serialize};
 
@@ -55,6 +56,9 @@ pub struct IcmpTuple {
 pub struct ConnectionView {
     /// The VM.
     pub vm: String,
+    /// Its port; empty when that is gone.
+    #[serde(default)]
+    pub port: String,
     /// Network protocol.
     pub family: Family,
     /// Transport protocol by name, `unknown` for most.
@@ -76,7 +80,7 @@ pub struct ConnectionView {
     pub replied: bool,
     /// Known to be a real connection.
     pub assured: bool,
-    /// VLAN of its frames as the VM sees them; 0: untagged.
+    /// VLAN of the bridge; 0: untagged.
     pub zone: u16,
     /// Counts up with every change to the entry.
     pub version: u32,
@@ -116,6 +120,11 @@ pub fn original(c: &Connection) -> ((IpAddr, u16), (IpAddr, u16)) {
     }
 }
 
+/// VLAN of the bridge; 0: untagged.
+pub fn vlan(c: &Connection) -> u16 {
+    PortFirewall::split_zone(c.key.zone).1
+}
+
 /// The answer's type to an ICMP question's.
 fn answer(question: u8, v6: bool) -> u8 {
     match (question, v6) {
@@ -131,7 +140,7 @@ fn answer(question: u8, v6: bool) -> u8 {
 
 impl ConnectionView {
     /// `c` as it is at `now_ms`.
-    pub fn new(vm: &str, c: &Connection, now_ms: u64) -> Self {
+    pub fn new(vm: &str, port: &str, c: &Connection, now_ms: u64) -> Self {
         let v6 = c.key.is_ipv6();
         let proto = c.key.proto();
         let (src, dst) = original(c);
@@ -156,6 +165,7 @@ impl ConnectionView {
         };
         Self {
             vm: vm.to_owned(),
+            port: port.to_owned(),
             family: if v6 { Family::Ipv6 } else { Family::Ipv4 },
             protocol: protocol_name(proto.0).to_owned(),
             protocol_number: proto.0,
@@ -166,7 +176,7 @@ impl ConnectionView {
             reply: tuple(Way::Reply),
             replied: c.seen_reply(),
             assured: c.assured(),
-            zone: c.key.zone,
+            zone: vlan(c),
             version: c.version,
         }
     }
@@ -187,7 +197,7 @@ impl ConnectionView {
 }
 
 impl fmt::Display for ConnectionView {
-    /// The line of `conntrack -L`, in its order, with `vm=NAME` at the end.
+    /// The line of `conntrack -L`, in its order, with `vm=NAME` at the end (before it the port, when it has another name).
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:<8} {} {} ", self.protocol, self.protocol_number, self.timeout_s)?;
         if let Some(state) = &self.state {
@@ -205,7 +215,11 @@ impl fmt::Display for ConnectionView {
         if self.zone != 0 {
             write!(f, "zone={} ", self.zone)?;
         }
-        write!(f, "use=1 vm={}", self.vm)
+        f.write_str("use=1 ")?;
+        if !self.port.is_empty() && self.port != self.vm {
+            write!(f, "port={} ", self.port)?;
+        }
+        write!(f, "vm={}", self.vm)
     }
 }
 
@@ -237,7 +251,7 @@ pub(crate) mod tests {
     }
 
     fn lines(packets: &[&str]) -> Vec<String> {
-        tracked(packets).iter().map(|c| ConnectionView::new("web1", c, 0).to_string()).collect()
+        tracked(packets).iter().map(|c| ConnectionView::new("web1", "web1", c, 0).to_string()).collect()
     }
 
     #[test]
@@ -279,7 +293,8 @@ pub(crate) mod tests {
     #[test]
     fn json_reads_back() {
         let c = &tracked(&["in icmp fd00::1 > fd00::2 echo-request id 9"])[0];
-        let view = ConnectionView::new("a", c, 0);
+        let view = ConnectionView::new("a", "p", c, 0);
+        assert!(view.to_string().ends_with("mark=0 use=1 port=p vm=a"), "{view}");
         assert_eq!(view.reply.icmp, Some(IcmpTuple { kind: 129, code: 0, id: 9 }));
         assert_eq!(serde_json::from_value::<ConnectionView>(serde_json::to_value(&view).unwrap()).unwrap(), view);
     }

@@ -5,7 +5,7 @@ use ferry_dataplane::firewall::compile::CompileOptions;
 use ferry_dataplane::firewall::explain::{Explainer, Explanation};
 use ferry_dataplane::firewall::limits::LimitsStatus;
 use ferry_dataplane::firewall::spoof::SpoofTable;
-use ferry_dataplane::firewall::{AddressBook, Cidr, CompiledPolicy, Direction, FlowKey, RuleId, SetKey, compile};
+use ferry_dataplane::firewall::{AddressBook, Cidr, CompiledPolicy, Direction, FlowKey, SetKey, compile};
 use ferry_dataplane::packet::{MacAddr, parse};
 
 use super::packet_text::{self, Described, PacketError, Surroundings};
@@ -88,11 +88,6 @@ pub fn compiled(config: &Config, firewall: &FirewallConfig, book: &mut AddressBo
     let document = Arc::new(config.policy());
     compile(&document, &firewall.policy(), "firewall", book, CompileOptions::default())
         .map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
-}
-
-/// Rules of a compiled policy, built-in ones included.
-pub fn rule_count(policy: &CompiledPolicy) -> usize {
-    (0..).map_while(|n| policy.rule(RuleId(n))).count()
 }
 
 /// What would happen to a packet that begins a connection at `port`, and why. `limits`: how far they are used, if that is known.

@@ -8,7 +8,7 @@ use ferry_dataplane::firewall::Cidr;
 use ferry_dataplane::firewall::policy::{PortRange, Protocol};
 use serde::{Deserialize, Serialize};
 
-use super::connection::{Family, original, state_name};
+use super::connection::{Family, original, state_name, vlan};
 
 /// A filter as it is typed or stands in a query. What is absent matches everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
@@ -46,7 +46,7 @@ pub struct FilterText {
     #[arg(long, short, value_name = "FAMILY")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub family: Option<String>,
-    /// Only this VLAN as the VM sees it; 0: untagged.
+    /// Only this VLAN of the bridge; 0: untagged.
     #[arg(long, short = 'w', visible_alias = "vlan", value_name = "VLAN")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zone: Option<String>,
@@ -210,7 +210,7 @@ impl Filter {
         let port = |range: Option<PortRange>, p: u16| range.is_none_or(|r| proto.has_ports() && r.contains(p));
         self.family.is_none_or(|f| (f == Family::Ipv4) == v4)
             && self.proto.is_none_or(|p| p.number(v4).is_none_or(|n| n == proto.0))
-            && self.zone.is_none_or(|z| z == c.key.zone)
+            && self.zone.is_none_or(|z| z == vlan(c))
             && address(self.src, src.0)
             && address(self.dst, dst.0)
             && port(self.sport, src.1)

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::connection::protocol_name;
 use super::record::FirewallRecord;
-use crate::config::{FlowLogConfig, FlowLogTarget};
+use crate::config::{FlowLogConfig, FlowLogScope, FlowLogTarget};
 
 /// What is written, where to, and how much of it.
 #[derive(Debug)]
@@ -96,7 +96,8 @@ impl FlowLog {
     /// Writes a record, if it is wanted and the rate allows.
     pub fn write(&mut self, record: &FirewallRecord, now: Instant) {
         let wanted = if record.is_new() { self.config.new } else { self.config.denied };
-        if !self.config.enabled || !wanted || !record.log || self.silent.contains(&record.vm) {
+        let asked = record.log || self.config.scope == FlowLogScope::All;
+        if !self.config.enabled || !wanted || !asked || self.silent.contains(&record.vm) {
             return;
         }
         let seconds = now.saturating_duration_since(self.refilled).as_secs_f64();
@@ -164,6 +165,9 @@ fn line(r: &FirewallRecord) -> Vec<(&'static str, Value)> {
     }
     if let Some(rule) = &r.rule {
         put("rule", rule.as_str().into());
+    }
+    if let Some(link) = &r.link {
+        put("link", link.as_str().into());
     }
     if let Some(f) = &r.flow {
         let name = match protocol_name(f.protocol_number) {
@@ -238,6 +242,7 @@ mod tests {
             reason: if kind == "new" { String::new() } else { "policy_denied".into() },
             rule: Some("web rule 2: ingress tcp drop log".into()),
             log: true,
+            link: None,
             flow: Some(FlowView {
                 protocol_number: 6,
                 src: [10, 0, 0, 1].into(),
@@ -316,6 +321,7 @@ mod tests {
             to: FlowLogTarget::File,
             file: Some(path.clone()),
             new: false,
+            scope: FlowLogScope::Marked,
             ..FlowLogConfig::default()
         };
         log.configure(&config).unwrap();
@@ -325,6 +331,10 @@ mod tests {
         log.write(&record("denied"), now);
         assert_eq!(log.counters(), FlowLogCounters::default());
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
+        log.set_silent(BTreeSet::new());
+        log.configure(&FlowLogConfig { scope: FlowLogScope::All, ..config.clone() }).unwrap();
+        log.write(&FirewallRecord { log: false, ..record("denied") }, now);
+        assert_eq!(log.counters().written, 1);
         let bad = FlowLogConfig { file: Some("/nonexistent/dir/f".into()), ..config };
         assert!(log.configure(&bad).unwrap_err().contains("/nonexistent/dir/f"));
     }

@@ -24,6 +24,9 @@ pub struct DropLine {
     /// The rule that decided, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rule: Option<String>,
+    /// MAC addresses and EtherType, of frames without IP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<String>,
     /// Addresses and destination port; absent when the frames have no IP.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub flow: Option<FlowView>,
@@ -38,7 +41,7 @@ pub struct DropLine {
     pub last_sport: Option<u16>,
 }
 
-type Key = (String, String, String, Option<String>, Option<FlowView>);
+type Key = (String, String, String, Option<String>, Option<String>, Option<FlowView>);
 
 /// The history of all VMs.
 #[derive(Debug, Default)]
@@ -64,6 +67,7 @@ impl History {
             record.kind.clone(),
             record.reason.clone(),
             record.rule.clone(),
+            record.link.clone(),
             flow.clone(),
         );
         if !lines.contains_key(&key) && lines.len() >= MAX_LINES_PER_VM {
@@ -79,6 +83,7 @@ impl History {
             kind: record.kind.clone(),
             reason: record.reason.clone(),
             rule: record.rule.clone(),
+            link: record.link.clone(),
             flow,
             count: 0,
             first_unix_ms: record.time_unix_ms,
@@ -119,6 +124,7 @@ mod tests {
             reason: reason.into(),
             rule: None,
             log: false,
+            link: None,
             flow: Some(FlowView {
                 protocol_number: 6,
                 src: [10, 0, 0, 1].into(),

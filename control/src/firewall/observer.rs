@@ -91,9 +91,10 @@ impl Observer {
     }
 }
 
-/// Feeds the observer of `core` until that is gone.
+/// Feeds the observer of `core`, and keeps connection tables' memory ready, until the core is gone.
 pub fn run(core: &WeakCore) {
     let mut records = Vec::new();
+    let Some(housekeeper) = core.upgrade().map(|core| core.lock().engine().housekeeper()) else { return };
     loop {
         let Some(shared) = core.upgrade() else { return };
         records.clear();
@@ -106,6 +107,7 @@ pub fn run(core: &WeakCore) {
         if !records.is_empty() || lost > 0 {
             observer.take(&records, lost);
         }
+        housekeeper();
         std::thread::sleep(INTERVAL);
     }
 }

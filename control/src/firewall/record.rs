@@ -24,7 +24,7 @@ pub struct FlowView {
     /// ICMP type and code.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub icmp: Option<(u8, u8)>,
-    /// VLAN as the VM sees it; 0: untagged.
+    /// VLAN of the bridge; 0: untagged.
     #[serde(default)]
     pub zone: u16,
 }
@@ -81,7 +81,7 @@ pub struct FirewallRecord {
     pub port: String,
     /// `ingress` (towards the VM) or `egress`.
     pub direction: String,
-    /// What happened: `new`, or why not: `denied`, `rejected`, `spoofed`, `limited`, `invalid` ...
+    /// What happened: `new`; or `denied`, `rejected`, `revoked` (by changed rules), `spoofed`, `limited`, `invalid`, `fragment`.
     pub kind: String,
     /// The reason by name, as in counters; empty for new connections.
     #[serde(default)]
@@ -92,6 +92,9 @@ pub struct FirewallRecord {
     /// The rule, or the port's default, asks for the flow log.
     #[serde(default)]
     pub log: bool,
+    /// MAC addresses and EtherType, of a frame without IP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<String>,
     /// Whose packet it was; absent when the frame has no IP.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub flow: Option<FlowView>,
