@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::config::{self, Config, ConfigError, Problem, VlanKind};
 use crate::engine::{Engine, EngineError};
+use crate::firewall::observer::Observer;
 use crate::plan::{Change, Plan, State, Step, describe, merge, plan};
 
 /// Most VLANs of a trunk in which a VM is announced.
@@ -65,8 +66,15 @@ impl ChangeError {
     pub fn hint(&self) -> String {
         match self {
             Self::Invalid(e) => e.hint(),
-            Self::NotFound { what, .. } => format!("`ferry {what} list` shows those that exist"),
-            Self::Exists { what, .. } => format!("choose another name, or change it with `ferry {what} set`"),
+            Self::NotFound { what: what @ ("port" | "bridge"), .. } => {
+                format!("`ferry {what} list` shows those that exist")
+            }
+            Self::NotFound { what: "VM" | "vm", .. } => "`ferry conntrack stats` shows those that exist".into(),
+            Self::NotFound { .. } => "`ferry policy show` shows those that exist".into(),
+            Self::Exists { what: what @ ("port" | "bridge"), .. } => {
+                format!("choose another name, or change it with `ferry {what} set`")
+            }
+            Self::Exists { .. } => "choose another name, or replace it with PUT".into(),
             Self::Conflict { hint, .. } => hint.clone(),
             Self::Failed { cause, .. } => cause.hint.clone(),
         }
@@ -80,7 +88,7 @@ impl ChangeError {
 
 /// `port[3].vlan` as `port vm1: vlan`: a request does not know the position in the list.
 fn with_names(path: &str, tree: &Value) -> String {
-    for list in ["port", "bridge"] {
+    for list in ["port", "bridge", "vm"] {
         let Some((index, rest)) =
             path.strip_prefix(list).and_then(|r| r.strip_prefix('[')).and_then(|r| r.split_once(']'))
         else {
@@ -126,6 +134,7 @@ pub struct Core {
     restart_required: Vec<String>,
     damage: String,
     set_log_level: SetLogLevel,
+    observer: Observer,
     started: Instant,
 }
 
@@ -187,6 +196,7 @@ impl Core {
             restart_required: Vec::new(),
             damage: String::new(),
             set_log_level,
+            observer: Observer::new(),
             started: Instant::now(),
         };
         core.apply(&config, false)?;
@@ -212,6 +222,10 @@ impl Core {
     /// The switch, for what is no configuration (flushing the FDB).
     pub fn engine_mut(&mut self) -> &mut dyn Engine {
         self.engine.as_mut()
+    }
+    /// What was denied lately, and the flow log.
+    pub fn observer(&self) -> &Observer {
+        &self.observer
     }
     /// Keys that differ between file and daemon until the next start.
     pub fn restart_required(&self) -> &[String] {
@@ -292,6 +306,9 @@ impl Core {
         let outcome = self.apply(&target, dry_run)?;
         if !dry_run {
             self.restart_required.clone_from(&outcome.restart_required);
+            if let Err(e) = self.observer.reopen() {
+                tracing::warn!("flow log: {e}; the file opened before stays in use");
+            }
             self.file = Some(FileState { path, config: new_file });
         }
         Ok(outcome)
@@ -325,6 +342,7 @@ impl Core {
             done.push(step);
         }
         self.state = target;
+        self.observer.set_vms(&self.state.config);
         outcome.applied = true;
         Ok(outcome)
     }
@@ -359,6 +377,13 @@ impl Core {
             Step::AddBridge(b) => e.add_bridge(b),
             Step::UpdateBridge { to, .. } => e.update_bridge(to),
             Step::RemoveBridge(b) => e.remove_bridge(&b.name),
+            Step::AddVm(vm) => e.add_vm(vm),
+            Step::UpdateVm { to, .. } => e.update_vm(to),
+            Step::RemoveVm(vm) => e.remove_vm(&vm.name),
+            Step::SetPolicy { to, .. } => e.set_policy(to),
+            Step::SetFlowLog { to, .. } => {
+                self.observer.configure(to).map_err(|m| EngineError::new(m, "check flow_log.file and its directory"))
+            }
             Step::AddPort { port, placed } => e.add_port(port, placed),
             Step::UpdatePort { to, .. } => e.update_port(to),
             Step::RemovePort { port, .. } => e.remove_port(&port.name),
@@ -403,6 +428,7 @@ impl Core {
         self.engine.shutdown();
         self.state.config.port.clear();
         self.state.config.bridge.clear();
+        self.state.config.vm.clear();
         self.state.placement.clear();
         self.state.pmds.clear();
     }

@@ -13,6 +13,7 @@ use crate::config::Config;
 use crate::core::{ChangeError, Core, Outcome, SetLogLevel, SharedCore};
 use crate::engine::{Engine, Opener, SwitchEngine};
 use crate::events::{self, EventSender};
+use crate::firewall::observer;
 use crate::metrics;
 
 /// How long API and metrics get to finish what they are doing.
@@ -66,6 +67,8 @@ impl Daemon {
         })?;
         let weak = core.downgrade();
         std::thread::Builder::new().name("ferry-events".into()).spawn(move || events::run(queue, weak))?;
+        let weak = core.downgrade();
+        std::thread::Builder::new().name("ferry-firewall".into()).spawn(move || observer::run(&weak))?;
 
         let (stop, stopped) = watch::channel(false);
         let mut tasks = JoinSet::new();

@@ -7,6 +7,7 @@ pub mod core;
 pub mod daemon;
 pub mod engine;
 pub mod events;
+pub mod firewall;
 pub mod logs;
 pub mod metrics;
 pub mod notify;

@@ -20,6 +20,9 @@ use tokio::sync::watch;
 use crate::core::{Core, SharedCore};
 use crate::engine::{RxStats, Stats};
 
+mod firewall;
+use firewall::FirewallSnapshot;
+
 type Labels = Vec<(&'static str, String)>;
 
 /// Everything that is exported, at one moment.
@@ -32,6 +35,7 @@ struct Snapshot {
     fdb: Vec<(String, u64)>,
     uptime_s: u64,
     runtime_changes: u64,
+    firewall: FirewallSnapshot,
 }
 
 impl Snapshot {
@@ -51,6 +55,7 @@ impl Snapshot {
             fdb: config.bridge.iter().map(|b| (b.name.clone(), entries(&b.name))).collect(),
             uptime_s: core.started().elapsed().as_secs(),
             runtime_changes: core.not_in_file().len() as u64,
+            firewall: FirewallSnapshot::of(core),
             stats,
         }
     }
@@ -113,6 +118,12 @@ impl Collector for Snapshot {
         )?;
         counters(
             e,
+            "ferry_port_rx_held_frames",
+            "Received fragments that were kept until their datagram is complete",
+            self.rx().map(|(l, q)| (l, q.held)),
+        )?;
+        counters(
+            e,
             "ferry_port_rx_dropped_frames",
             "Received frames that were dropped, by reason; reasons that never occurred are left out",
             self.rx()
@@ -139,6 +150,7 @@ impl Collector for Snapshot {
                 &format!("Forwarded frames {what}"),
                 one(s.forwarded),
             )?;
+            counters(e, &format!("ferry_{name}_rx_held_frames"), &format!("Held fragments {what}"), one(s.held))?;
             counters(
                 e,
                 &format!("ferry_{name}_rx_dropped_frames"),
@@ -180,6 +192,7 @@ impl Collector for Snapshot {
         counters(e, "ferry_pmd_frames", "Frames received", pmds().map(|(l, p)| (l, p.frames)))?;
         counters(e, "ferry_pmd_sleeps", "Sleeps", pmds().map(|(l, p)| (l, p.sleeps)))?;
         counters(e, "ferry_pmd_sleep_nanoseconds", "Time slept", pmds().map(|(l, p)| (l, p.sleep_ns)))?;
+        self.firewall.encode(e)?;
         let one = |v: i64| std::iter::once((Labels::new(), v));
         gauges(e, "ferry_uptime_seconds", "Time since the start", one(self.uptime_s as i64))?;
         gauges(e, "ferry_runtime_changes", "Differences to the configuration file", one(self.runtime_changes as i64))?;

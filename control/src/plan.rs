@@ -5,10 +5,18 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
+use ferry_dataplane::firewall::PolicyDocument;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::config::{self, BridgeConfig, Config, DpdkConfig, MAX_PORTS, PmdSpec, PortConfig};
+use crate::config::{
+    self, BridgeConfig, Config, DpdkConfig, FlowLogConfig, MAX_PORTS, PmdSpec, PortConfig, VmSpec,
+};
+
+/// Lists of named entries in the configuration.
+const LISTS: [&str; 3] = ["vm", "bridge", "port"];
+/// Tables of named entries.
+const NAMED: [&str; 2] = ["security_group", "address_set"];
 
 /// Which PMD thread serves which receive queue: `(port, queue)` to thread.
 pub type Placement = BTreeMap<(String, u32), usize>;
@@ -68,6 +76,31 @@ pub enum Step {
     },
     /// Removes a bridge without ports.
     RemoveBridge(BridgeConfig),
+    /// Adds a VM: its connection table, empty.
+    AddVm(VmSpec),
+    /// Changes a VM's settings.
+    UpdateVm {
+        /// Before.
+        from: VmSpec,
+        /// After.
+        to: VmSpec,
+    },
+    /// Removes a VM without ports, and its connections.
+    RemoveVm(VmSpec),
+    /// Replaces security groups and address sets, for all ports at once.
+    SetPolicy {
+        /// Before.
+        from: Box<PolicyDocument>,
+        /// After.
+        to: Box<PolicyDocument>,
+    },
+    /// Sets what the flow log holds and where it goes.
+    SetFlowLog {
+        /// Before.
+        from: FlowLogConfig,
+        /// After.
+        to: FlowLogConfig,
+    },
     /// Adds a port.
     AddPort {
         /// What it is.
@@ -120,6 +153,11 @@ impl Step {
             Step::AddBridge(b) => Step::RemoveBridge(b),
             Step::RemoveBridge(b) => Step::AddBridge(b),
             Step::UpdateBridge { from, to } => Step::UpdateBridge { from: to, to: from },
+            Step::AddVm(vm) => Step::RemoveVm(vm),
+            Step::RemoveVm(vm) => Step::AddVm(vm),
+            Step::UpdateVm { from, to } => Step::UpdateVm { from: to, to: from },
+            Step::SetPolicy { from, to } => Step::SetPolicy { from: to, to: from },
+            Step::SetFlowLog { from, to } => Step::SetFlowLog { from: to, to: from },
             Step::AddPort { port, placed } => Step::RemovePort { port, placed },
             Step::RemovePort { port, placed } => Step::AddPort { port, placed },
             Step::UpdatePort { from, to } => Step::UpdatePort { from: to, to: from },
@@ -139,6 +177,11 @@ impl fmt::Display for Step {
             Step::AddBridge(b) => write!(f, "add bridge {}", b.name),
             Step::UpdateBridge { to, .. } => write!(f, "change bridge {}", to.name),
             Step::RemoveBridge(b) => write!(f, "remove bridge {}", b.name),
+            Step::AddVm(vm) => write!(f, "add VM {}", vm.name),
+            Step::UpdateVm { to, .. } => write!(f, "change VM {}", to.name),
+            Step::RemoveVm(vm) => write!(f, "remove VM {}", vm.name),
+            Step::SetPolicy { .. } => f.write_str("set security groups and address sets"),
+            Step::SetFlowLog { .. } => f.write_str("set the flow log"),
             Step::AddPort { port, .. } => write!(f, "add port {}", port.name),
             Step::UpdatePort { to, .. } => write!(f, "change port {}", to.name),
             Step::RemovePort { port, .. } => write!(f, "remove port {}", port.name),
@@ -179,6 +222,10 @@ pub fn plan(from: &State, to: &Config, dpdk_started: bool) -> Plan {
         steps.push(Step::SetDpdk { from: running.dpdk.clone(), to: to.dpdk.clone() });
     }
 
+    if running.flow_log != to.flow_log {
+        steps.push(Step::SetFlowLog { from: running.flow_log.clone(), to: to.flow_log.clone() });
+    }
+
     let pmds = to.pmds();
     for (index, &spec) in pmds.iter().enumerate() {
         match from.pmds.get(index) {
@@ -194,6 +241,22 @@ pub fn plan(from: &State, to: &Config, dpdk_started: bool) -> Plan {
             Some(_) => {}
         }
     }
+
+    let (old_vms, new_vms) = (running.vm_specs(), to.vm_specs());
+    for (name, vm) in &new_vms {
+        match old_vms.get(name) {
+            None => steps.push(Step::AddVm(vm.clone())),
+            Some(old) if old != vm => steps.push(Step::UpdateVm { from: old.clone(), to: vm.clone() }),
+            Some(_) => {}
+        }
+    }
+    // Ports still refer to groups that go, others already to groups that come: both are there while ports change.
+    let (old_policy, new_policy) = (running.policy(), to.policy());
+    let meanwhile = union(&new_policy, &old_policy);
+    let set_policy = |from: &PolicyDocument, to: &PolicyDocument| {
+        (from != to).then(|| Step::SetPolicy { from: Box::new(from.clone()), to: Box::new(to.clone()) })
+    };
+    steps.extend(set_policy(&old_policy, &meanwhile));
 
     let added: Vec<&PortConfig> = to.port.iter().filter(|p| running.port(&p.name).is_none()).collect();
     let removed: Vec<&PortConfig> = running.port.iter().filter(|p| to.port(&p.name).is_none()).collect();
@@ -243,6 +306,9 @@ pub fn plan(from: &State, to: &Config, dpdk_started: bool) -> Plan {
     }
 
     steps.extend(late.into_iter().map(remove));
+    steps.extend(set_policy(&meanwhile, &new_policy));
+    let gone = old_vms.into_iter().filter(|(name, _)| !new_vms.contains_key(name));
+    steps.extend(gone.map(|(_, vm)| Step::RemoveVm(vm)));
     let gone = running.bridge.iter().filter(|b| to.bridge(&b.name).is_none());
     steps.extend(gone.map(|b| Step::RemoveBridge(b.clone())));
     for (index, &spec) in from.pmds.iter().enumerate().skip(pmds.len()).rev() {
@@ -251,6 +317,18 @@ pub fn plan(from: &State, to: &Config, dpdk_started: bool) -> Plan {
 
     let restarted_ports = recreated.iter().map(|(_, new)| new.name.clone()).collect();
     Plan { steps, target: State { config: to, pmds, placement }, restart_required, restarted_ports }
+}
+
+/// All groups and sets of both; of `first` where both have one of the same name.
+fn union(first: &PolicyDocument, second: &PolicyDocument) -> PolicyDocument {
+    let mut out = first.clone();
+    for (name, group) in &second.security_groups {
+        out.security_groups.entry(name.clone()).or_insert_with(|| group.clone());
+    }
+    for (name, set) in &second.address_sets {
+        out.address_sets.entry(name.clone()).or_insert_with(|| set.clone());
+    }
+    out
 }
 
 fn placed(placement: &Placement, port: &PortConfig) -> Vec<usize> {
@@ -324,9 +402,9 @@ pub enum Kind {
 /// One difference between two configurations, for people and for the API.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Change {
-    /// `port`, `bridge`, or the name of a table such as `switch`.
+    /// `port`, `bridge`, `vm`, `security_group`, `address_set`, or the name of a table such as `switch`.
     pub what: String,
-    /// Name of the port or bridge; empty for tables.
+    /// Name of the port, bridge ...; empty for tables.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub name: String,
     /// What became of it.
@@ -357,7 +435,11 @@ impl fmt::Display for Change {
             Kind::Added => f.write_str(" added"),
             Kind::Removed => f.write_str(" removed"),
             Kind::Changed => {
-                let show = |v: &Value| if v.is_null() { "(unset)".to_owned() } else { v.to_string() };
+                let show = |v: &Value| match v {
+                    Value::Null => "(unset)".to_owned(),
+                    Value::Array(items) if v.to_string().len() > MAX_SHOWN_BYTES => format!("[{} entries]", items.len()),
+                    v => v.to_string(),
+                };
                 let keys = self.keys.iter().map(|k| format!("{}: {} -> {}", k.key, show(&k.from), show(&k.to)));
                 write!(f, " changed ({})", keys.collect::<Vec<_>>().join(", "))
             }
@@ -365,17 +447,20 @@ impl fmt::Display for Change {
     }
 }
 
+/// Longest list that is written out in a line about a change, bytes.
+const MAX_SHOWN_BYTES: usize = 200;
+
 /// All differences between two configurations.
 pub fn describe(from: &Config, to: &Config) -> Vec<Change> {
     let (a, b) = (config::to_tree(from), config::to_tree(to));
     let mut out = Vec::new();
-    for table in ["switch", "api", "metrics", "log", "dpdk"] {
+    for table in ["switch", "api", "metrics", "log", "dpdk", "flow_log"] {
         let keys = key_changes(&a[table], &b[table]);
         if !keys.is_empty() {
             out.push(Change { what: table.into(), name: String::new(), change: Kind::Changed, keys });
         }
     }
-    for what in ["bridge", "port"] {
+    for what in NAMED.into_iter().chain(LISTS) {
         let (old, new) = (by_name(&a[what]), by_name(&b[what]));
         for (name, v) in &new {
             let (change, keys) = match old.get(name) {
@@ -413,7 +498,11 @@ fn key_changes(a: &Value, b: &Value) -> Vec<KeyChange> {
     out
 }
 
+/// The entries of a list, or of a table, by their names.
 fn by_name(list: &Value) -> Map<String, Value> {
+    if let Value::Object(map) = list {
+        return map.clone();
+    }
     let items = list.as_array().into_iter().flatten();
     items.filter_map(|v| Some((v.get("name")?.as_str()?.to_owned(), v.clone()))).collect()
 }
@@ -423,7 +512,7 @@ fn by_name(list: &Value) -> Map<String, Value> {
 pub fn merge(old_file: &Config, new_file: &Config, running: &Config) -> Value {
     let keyed = |c: &Config| {
         let mut tree = config::to_tree(c);
-        for list in ["bridge", "port"] {
+        for list in LISTS {
             tree[list] = Value::Object(by_name(&tree[list]));
         }
         tree
@@ -439,6 +528,7 @@ pub fn merge(old_file: &Config, new_file: &Config, running: &Config) -> Value {
         order
     };
     let orders = [
+        ("vm", order(new_file.vm.iter().chain(&running.vm).map(|v| &v.name).collect())),
         ("bridge", order(new_file.bridge.iter().chain(&running.bridge).map(|b| &b.name).collect())),
         ("port", order(new_file.port.iter().chain(&running.port).map(|p| &p.name).collect())),
     ];

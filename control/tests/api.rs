@@ -345,8 +345,8 @@ fn raw(d: &TestDaemon, request: &[u8]) -> String {
 #[test]
 fn hostile_requests_are_bounded() {
     let d = TestDaemon::start(TWO_PORTS);
-    let big = format!("POST /v1/ports HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", 2 << 20);
-    let answer = raw(&d, &[big.as_bytes(), &vec![b'x'; 2 << 20]].concat());
+    let big = format!("POST /v1/ports HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", 5 << 20);
+    let answer = raw(&d, &[big.as_bytes(), &vec![b'x'; 5 << 20]].concat());
     assert!(answer.starts_with("HTTP/1.1 413") && answer.contains("\"too_large\""), "{answer}");
     let answer = raw(&d, b"POST /v1/ports HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 3\r\n\r\n{x}");
     assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("not JSON"), "{answer}");

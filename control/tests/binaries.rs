@@ -267,7 +267,7 @@ fn ports_and_bridges_from_the_command_line() {
     assert!(d.ok(&["pmd", "show"]).contains("vm1/0"));
     assert_eq!(d.ok(&["fdb", "show"]), "BRIDGE  VLAN  ADDRESS  PORT  AGE\n");
     assert_eq!(d.ok(&["fdb", "flush", "br0"]), "0 address(es) forgotten\n");
-    assert!(d.ok(&["stats", "--check"]).ends_with("received = forwarded + dropped: 0 = 0 + 0  OK\n"));
+    assert!(d.ok(&["stats", "--check"]).ends_with("received = forwarded + held + dropped: 0 = 0 + 0 + 0  OK\n"));
     assert_eq!(d.ok(&["log", "debug"]), "log changed (level: \"info\" -> \"debug\")\n");
     assert!(!d.log().contains("DEBUG"), "{}", d.log());
     d.ok(&["port", "set", "vm1", "fdb_limit=13"]);

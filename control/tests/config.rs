@@ -21,7 +21,8 @@ fn uncommented() -> String {
 #[test]
 fn example_is_accepted() {
     let c = config::parse("example", EXAMPLE).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(c.port.len(), 2);
+    assert_eq!(c.port.len(), 3);
+    assert_eq!(c.vms().keys().collect::<Vec<_>>(), ["guest1", "vm2"]);
     assert_eq!(c.port[1].vlan.mode, VlanKind::NativeUntagged);
     assert_eq!(c.port[1].vlan.trunk_vids().len(), 101);
     config::parse("example", &uncommented()).unwrap_or_else(|e| panic!("{e}"));
@@ -35,6 +36,11 @@ fn example_names_every_key_of_the_schema() {
         match v {
             toml::Value::Table(t) => {
                 for (k, v) in t {
+                    // Entries under a name of their own are in the schema once.
+                    if matches!(at, "security_group" | "address_set") {
+                        walk(v, &format!("{at}.{}", schema::ANY_NAME), found);
+                        continue;
+                    }
                     let path = if at.is_empty() { k.clone() } else { format!("{at}.{k}") };
                     found.insert(path.clone());
                     walk(v, &path, found);
@@ -60,11 +66,19 @@ fn example_shows_the_true_defaults() {
         type = "vhost-user"
         bridge = "b"
         socket = "/run/v.sock"
+        [port.firewall]
+        anti_spoofing = { mac = "52:54:00:00:00:01", allowed_address_pairs = [{ address = "192.0.2.1" }] }
+        [port.firewall.limits]
         [[port]]
         name = "d"
         type = "dpdk"
         bridge = "b"
         device = "net_null0"
+        [[vm]]
+        name = "x"
+        [security_group.NAME]
+        rules = [{ direction = "ingress" }]
+        [address_set.NAME]
     "#;
     let bare = config::parse("t", minimal).unwrap();
     let mut tree = config::to_tree(&bare);
@@ -75,6 +89,10 @@ fn example_shows_the_true_defaults() {
         let value: toml::Table = format!("x = {}", key.default).parse().unwrap();
         let value = serde_json::to_value(&value["x"]).unwrap();
         let (parents, name) = path.rsplit_once('.').unwrap();
+        // These lists are not empty here, so that the defaults of what is in them can be tried.
+        if matches!(name, "rules" | "allowed_address_pairs") {
+            continue;
+        }
         let mut at = &mut tree;
         for part in parents.split('.') {
             at = &mut at[part];
@@ -263,4 +281,150 @@ fn vhost_port_defaults() {
     let PortKind::VhostUser(v) = &c.port[0].kind else { panic!() };
     assert_eq!(v.queue_pairs, 1);
     assert!(v.features.packed && v.features.tso);
+}
+
+const FIREWALLED: &str = r#"
+[security_group.web]
+rules = [{ direction = "ingress", protocol = "tcp", ports = [80, "8000-8099"] }]
+[[bridge]]
+name = "br0"
+[[port]]
+name = "vm1"
+type = "vhost-user"
+bridge = "br0"
+socket = "/run/vm1.sock"
+[port.firewall]
+security_groups = ["web"]
+anti_spoofing = { mac = "52:54:00:00:00:01", addresses = ["192.0.2.7"] }
+"#;
+
+/// The first lines (place and message) of what is wrong with [`FIREWALLED`] after a replacement.
+fn firewall_errors(replace: &str, with: &str) -> Vec<String> {
+    assert!(FIREWALLED.contains(replace), "{replace}");
+    let all = errors(&FIREWALLED.replacen(replace, with, 1));
+    all.lines().filter(|l| l.starts_with("ferry.toml:") || l.starts_with("  fix:")).map(str::to_owned).collect()
+}
+
+#[test]
+fn a_firewall_is_accepted_and_makes_its_port_a_vm() {
+    let c = config::parse("f", FIREWALLED).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(c.port[0].vm_name(), Some("vm1"));
+    assert_eq!(c.vms()["vm1"].connections, 1_000_000);
+    assert_eq!(c.policy().security_groups["web"].rules[0].ports.len(), 2);
+    assert_eq!(config::parse("g", &c.to_toml()).unwrap_or_else(|e| panic!("{e}\n{}", c.to_toml())), c);
+    let shared = format!("{FIREWALLED}\n[[vm]]\nname = \"guest\"\nconnections = 4096\nlimits.max_half_open = 10\n")
+        .replacen("socket =", "vm = \"guest\"\nsocket =", 1);
+    let c = config::parse("f", &shared).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(c.vms().len(), 1);
+    assert_eq!((c.vms()["guest"].connections, c.vms()["guest"].limits.max_half_open), (4096, 10));
+    assert_eq!(c.ports_of("guest").count(), 1);
+}
+
+#[test]
+fn mistakes_in_rules_name_place_and_fix() {
+    for (replace, with, expected) in [
+        (
+            "ports = [80, \"8000-8099\"]",
+            "ports = [80, \"9-8\"]",
+            vec![
+                "ferry.toml:3:66: error: security_group.web.rules[0].ports[1]: \"9-8\" is not a port or a range of ports",
+                "  fix: give a number from 0 to 65535, or a range such as \"8000-8099\", the lower end first",
+            ],
+        ),
+        (
+            "protocol = \"tcp\"",
+            "protocol = \"icmp\"",
+            vec![
+                "ferry.toml:3:62: error: security_group.web.rules[0].ports: protocol icmp has no ports; ports need tcp, udp, sctp, dccp or udplite",
+            ],
+        ),
+        (
+            "protocol = \"tcp\"",
+            "protocol = \"tpc\"",
+            vec![
+                "ferry.toml:3:46: error: security_group.web.rules[0].protocol: \"tpc\" is not a protocol",
+                "  fix: give \"tcp\", \"udp\", \"icmp\", \"icmpv6\", \"sctp\", \"gre\", \"any\" ..., or a number from 0 to 255",
+            ],
+        ),
+        (
+            "direction = \"ingress\"",
+            "direction = \"ingress\", remote_group = \"wep\"",
+            vec![
+                "ferry.toml:3:50: error: security_group.web.rules[0].remote_group: there is no security group \"wep\"",
+                "  fix: did you mean \"web\"?",
+            ],
+        ),
+        (
+            "direction = \"ingress\"",
+            "direction = \"ingress\", remote_cidr = \"10.0.0.1/8\"",
+            vec![
+                "ferry.toml:3:49: error: security_group.web.rules[0].remote_cidr: 10.0.0.1/8 has bits set behind the prefix; the network is 10.0.0.0/8",
+                "  fix: write an address or a prefix, such as \"192.0.2.7\", \"192.0.2.0/24\" or \"2001:db8::/32\"",
+            ],
+        ),
+        (
+            "direction = \"ingress\"",
+            "dirction = \"ingress\"",
+            vec![
+                "ferry.toml:3:12: error: security_group.web.rules[0].dirction: unknown key `dirction`",
+                "  fix: did you mean `direction`?",
+                "ferry.toml:3:10: error: security_group.web.rules[0].direction: the key `direction` is missing",
+                "  fix: add it: \"ingress\": towards the VM. \"egress\": from the VM.",
+            ],
+        ),
+        (
+            "[security_group.web]",
+            "[security_group.\"we b\"]",
+            vec![
+                "ferry.toml:2:17: error: security_group.we b: \"we b\" is not a valid name",
+                "  fix: use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit",
+            ],
+        ),
+    ] {
+        let mut found = firewall_errors(replace, with);
+        found.sort();
+        let mut expected: Vec<String> = expected.into_iter().map(str::to_owned).collect();
+        expected.sort();
+        assert_eq!(found, expected, "{with}");
+    }
+}
+
+#[test]
+fn mistakes_in_a_ports_firewall_name_place_and_fix() {
+    let one = |replace: &str, with: &str| firewall_errors(replace, with).join("\n");
+    assert_eq!(
+        one("security_groups = [\"web\"]", "security_groups = [\"wev\"]"),
+        "ferry.toml:12:20: error: port[0].firewall.security_groups[0]: there is no security group \"wev\"\n  \
+         fix: did you mean \"web\"?"
+    );
+    assert_eq!(
+        one("mac = \"52:54:00:00:00:01\", ", ""),
+        "ferry.toml:13:1: error: port[0].firewall.anti_spoofing.mac: anti-spoofing needs the port's MAC address \
+         (or enabled = false)\n  fix: add mac = \"52:54:00:12:34:56\" (the address of the guest's NIC), or set enabled = false"
+    );
+    assert_eq!(
+        one(", addresses = [\"192.0.2.7\"]", ""),
+        "ferry.toml:13:1: error: port[0].firewall.anti_spoofing.addresses: the addresses of port \"vm1\" are missing: without \
+         them the VM may send nothing\n  fix: add `addresses` to anti_spoofing, such as addresses = [\"192.0.2.7\"], or set its \
+         enabled = false"
+    );
+    assert_eq!(
+        one("socket =", "vm = \"guest\"\nsocket ="),
+        "ferry.toml:10:6: error: port[0].vm: port \"vm1\" belongs to VM \"guest\", which does not exist\n  \
+         fix: add it: [[vm]] with name = \"guest\""
+    );
+    assert_eq!(
+        one("[[bridge]]", "[[vm]]\nname = \"vm1\"\n[[bridge]]"),
+        "ferry.toml:13:1: error: port[0].firewall: port \"vm1\" is a VM of its own, but a VM of this name is configured \
+         (first at ferry.toml:5:8)\n  fix: add vm = \"vm1\" to the port if it belongs to that VM, or rename one of them"
+    );
+    let limits = FIREWALLED.replacen("socket =", "vm = \"g\"\nsocket =", 1) + "limits = { max_half_open = 5 }\n[[vm]]\nname = \"g\"\n";
+    assert!(
+        errors(&limits).starts_with("ferry.toml:15:1: error: port[0].firewall.limits: limits are the VM's"),
+        "{}",
+        errors(&limits)
+    );
+    let no_firewall = "[[vm]]\nname = \"g\"\n[[bridge]]\nname = \"b\"\n[[port]]\nname = \"p\"\ntype = \"dpdk\"\nbridge = \"b\"\ndevice = \"net_null0\"\nvm = \"g\"\n";
+    assert!(errors(no_firewall).contains("port[0].vm: port \"p\" has no firewall"), "{}", errors(no_firewall));
+    assert!(errors("[flow_log]\nto = \"file\"\n").contains("flow_log.file: the flow log goes to a file"));
 }

@@ -6,7 +6,12 @@ use std::sync::{Arc, Mutex};
 use ferry_control::config::*;
 use ferry_control::core::{ChangeError, Core};
 use ferry_control::engine::*;
+use ferry_control::firewall::filter::Filter;
+use ferry_control::firewall::packet_text::Described;
+use ferry_control::firewall::record::FirewallRecord;
 use ferry_control::plan::{State, Step, describe, merge, plan};
+use ferry_dataplane::firewall::limits::LimitsConfig;
+use ferry_dataplane::firewall::{Direction, PolicyDocument, Rule, SecurityGroup};
 use proptest::prelude::*;
 
 /// What a switch must always hold to, checked at each call. Fails on demand.
@@ -16,6 +21,8 @@ struct Model {
     bridges: BTreeMap<String, BridgeConfig>,
     ports: BTreeMap<String, PortConfig>,
     queues: BTreeMap<(String, u32), usize>,
+    vms: BTreeMap<String, VmSpec>,
+    policy: PolicyDocument,
     dpdk: DpdkConfig,
 }
 
@@ -44,7 +51,66 @@ impl ModelEngine {
     }
 }
 
+impl Model {
+    /// What the switch would refuse: a port whose VM or groups are not there.
+    fn check_port(&self, p: &PortConfig) {
+        if let Some(vm) = p.vm_name() {
+            assert!(self.vms.contains_key(vm), "no VM {vm}");
+        }
+        if let Some(f) = &p.firewall {
+            self.policy.validate_port(&f.policy(), &p.name).unwrap_or_else(|e| panic!("{e:?}"));
+        }
+    }
+}
+
 impl Engine for ModelEngine {
+    fn add_vm(&mut self, vm: &VmSpec) -> Result<(), EngineError> {
+        self.step("add_vm")?;
+        assert!(self.model.lock().unwrap().vms.insert(vm.name.clone(), vm.clone()).is_none());
+        Ok(())
+    }
+    fn update_vm(&mut self, vm: &VmSpec) -> Result<(), EngineError> {
+        self.step("update_vm")?;
+        assert!(self.model.lock().unwrap().vms.insert(vm.name.clone(), vm.clone()).is_some_and(|old| old != *vm));
+        Ok(())
+    }
+    fn remove_vm(&mut self, name: &str) -> Result<(), EngineError> {
+        self.step("remove_vm")?;
+        let mut m = self.model.lock().unwrap();
+        assert!(m.ports.values().all(|p| p.vm_name() != Some(name)), "VM {name} has ports");
+        assert!(m.vms.remove(name).is_some());
+        Ok(())
+    }
+    fn set_policy(&mut self, policy: &PolicyDocument) -> Result<(), EngineError> {
+        self.step("set_policy")?;
+        policy.validate().unwrap_or_else(|e| panic!("{e:?}"));
+        let mut m = self.model.lock().unwrap();
+        assert_ne!(m.policy, *policy);
+        m.policy = policy.clone();
+        m.ports.values().for_each(|p| m.check_port(p));
+        Ok(())
+    }
+    fn connections(&self, _: &str, _: &Filter, _: u64, _: usize) -> Result<Page, EngineError> {
+        Ok(Page::default())
+    }
+    fn flush_connections(&mut self, _: &str, _: &Filter) -> Result<u64, EngineError> {
+        Ok(0)
+    }
+    fn vm_stats(&self, _: &str) -> Result<VmStats, EngineError> {
+        Ok(VmStats::default())
+    }
+    fn firewall_stats(&self) -> BTreeMap<String, FirewallStats> {
+        BTreeMap::new()
+    }
+    fn housekeeper(&self) -> Box<dyn Fn() + Send> {
+        Box::new(|| ())
+    }
+    fn take_firewall_events(&mut self, _: &mut Vec<FirewallRecord>) -> u64 {
+        0
+    }
+    fn trace(&self, _: &str, _: &Described) -> Result<Trace, EngineError> {
+        Ok(Trace::default())
+    }
     fn set_dpdk(&mut self, dpdk: &DpdkConfig) -> Result<(), EngineError> {
         self.step("set_dpdk")?;
         self.model.lock().unwrap().dpdk = dpdk.clone();
@@ -96,6 +162,7 @@ impl Engine for ModelEngine {
         assert!(m.bridges.contains_key(&p.bridge), "no bridge {}", p.bridge);
         assert!(m.ports.values().all(|o| o.resource() != p.resource()), "{} in use", p.resource());
         assert_eq!(placed.len(), p.rx_queues() as usize);
+        m.check_port(p);
         for (q, pmd) in placed.iter().enumerate() {
             assert!(*pmd < m.pmds.len());
             m.queues.insert((p.name.clone(), q as u32), *pmd);
@@ -107,6 +174,7 @@ impl Engine for ModelEngine {
         self.step("update_port")?;
         let mut m = self.model.lock().unwrap();
         assert!(m.bridges.contains_key(&p.bridge));
+        m.check_port(p);
         let old = m.ports.insert(p.name.clone(), p.clone()).unwrap();
         assert!(old.live_change(p), "{old:?} {p:?}");
         Ok(())
@@ -166,8 +234,9 @@ fn arb_port(i: usize, bridges: usize, pmds: usize) -> impl Strategy<Value = Port
         any::<bool>(),
         prop_oneof![Just(1500u16), Just(9000)],
         proptest::collection::vec(0..pmds as u32, 0..3),
+        arb_firewall(),
     )
-        .prop_map(move |(kind, bridge, vlan, admin_up, mtu, rxq_affinity)| PortConfig {
+        .prop_map(move |(kind, bridge, vlan, admin_up, mtu, rxq_affinity, (vm, firewall))| PortConfig {
             name: format!("p{i}"),
             kind,
             bridge: format!("b{bridge}"),
@@ -176,7 +245,23 @@ fn arb_port(i: usize, bridges: usize, pmds: usize) -> impl Strategy<Value = Port
             mtu,
             fdb_limit: 256,
             rxq_affinity,
+            vm,
+            firewall,
         })
+}
+
+/// No firewall; or one, in VM v0 or v1 or in none, with some of the groups g0 to g2.
+fn arb_firewall() -> impl Strategy<Value = (Option<String>, Option<FirewallConfig>)> {
+    let groups = proptest::sample::subsequence(vec!["g0", "g1", "g2"], 0..3);
+    let own_limits = proptest::option::of(1..3u32);
+    proptest::option::of((proptest::option::of(0..2u32), groups, own_limits)).prop_map(|port| {
+        let Some((vm, groups, limits)) = port else { return (None, None) };
+        let limits = limits.filter(|_| vm.is_none()).map(|n| LimitsConfig { max_half_open: n, ..Default::default() });
+        let mut firewall = FirewallConfig { limits, ..FirewallConfig::default() };
+        firewall.security_groups = groups.into_iter().map(str::to_owned).collect();
+        firewall.anti_spoofing.enabled = false;
+        (vm.map(|v| format!("v{v}")), Some(firewall))
+    })
 }
 
 prop_compose! {
@@ -185,6 +270,9 @@ prop_compose! {
         ageing in proptest::collection::vec(1..3u32, bridges),
         spins in proptest::collection::vec(0..2u32, pmds),
         level in prop_oneof![Just("info"), Just("debug")],
+        vm_sizes in proptest::collection::vec(1..3u32, 2),
+        // Rules of each group; a group without is not there unless a port is in it.
+        rules in proptest::collection::vec(0..3usize, 3),
     ) -> Config {
         let mut used = BTreeSet::new();
         let port: Vec<_> = ports.into_iter().flatten().filter(|p| used.insert(p.resource())).collect();
@@ -192,6 +280,16 @@ prop_compose! {
         c.bridge = ageing.iter().enumerate().map(|(i, a)| BridgeConfig { name: format!("b{i}"), fdb_ageing_s: *a, ..Default::default() }).collect();
         c.switch.pmd = spins.iter().map(|s| PmdConfig { idle_spin_us: Some(*s), ..Default::default() }).collect();
         c.log.level = level.into();
+        c.vm = vm_sizes.iter().enumerate().map(|(i, n)| VmConfig { name: format!("v{i}"), connections: n * 1024, ..Default::default() }).collect();
+        c.vm.retain(|v| v.connections > 1024 || c.port.iter().any(|p| p.vm.as_ref() == Some(&v.name)));
+        for (i, n) in rules.into_iter().enumerate() {
+            let name = format!("g{i}");
+            let used = c.port.iter().filter_map(|p| p.firewall.as_ref()).any(|f| f.security_groups.contains(&name));
+            if n > 0 || used {
+                let rules = vec![Rule::allow(Direction::Ingress); n];
+                c.security_group.insert(name, SecurityGroup { rules, ..Default::default() });
+            }
+        }
         c
     }
 }
@@ -209,6 +307,8 @@ fn matches(model: &Model, state: &State) {
     assert_eq!(model.bridges, c.bridge.iter().map(|b| (b.name.clone(), b.clone())).collect());
     assert_eq!(model.ports, c.port.iter().map(|p| (p.name.clone(), p.clone())).collect());
     assert_eq!(model.queues, state.placement);
+    assert_eq!(model.vms, c.vm_specs());
+    assert_eq!(model.policy, c.policy());
     assert_eq!(model.queues.len(), c.port.iter().map(|p| p.rx_queues() as usize).sum::<usize>());
     for p in c.port.iter().filter(|p| !p.rxq_affinity.is_empty()) {
         for q in 0..p.rx_queues() {

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
 use super::server::Peer;
-use super::{MAX_BODY_BYTES, views};
+use super::{MAX_BODY_BYTES, firewall, views};
 use crate::core::{ChangeError, Core, SharedCore};
 
 /// Longest time a request may take.
@@ -27,7 +27,7 @@ pub struct AppState {
     pub core: SharedCore,
 }
 
-type Reply = Result<Json<Value>, ApiError>;
+pub(super) type Reply = Result<Json<Value>, ApiError>;
 
 /// All paths.
 pub fn router(state: AppState) -> Router {
@@ -44,7 +44,8 @@ pub fn router(state: AppState) -> Router {
         .route("/bridges/{name}", get(bridge).put(put_bridge).patch(patch_bridge).delete(delete_bridge))
         .route("/bridges/{name}/fdb", get(fdb).delete(flush_fdb))
         .route("/reload", post(reload))
-        .route("/log", put(set_log));
+        .route("/log", put(set_log))
+        .merge(firewall::routes());
     Router::new()
         .nest("/v1", v1)
         .fallback(|r: Request| async move {
@@ -84,7 +85,7 @@ async fn supervise(request: Request, next: Next) -> Response {
     response
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     core: SharedCore,
     f: impl FnOnce(&mut Core) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -93,19 +94,19 @@ async fn blocking<T: Send + 'static>(
     })
 }
 
-async fn read(State(s): State<AppState>, f: impl FnOnce(&Core) -> Result<Value, ApiError> + Send + 'static) -> Reply {
+pub(super) async fn read(State(s): State<AppState>, f: impl FnOnce(&Core) -> Result<Value, ApiError> + Send + 'static) -> Reply {
     blocking(s.core, |core| f(core)).await.map(Json)
 }
 
 /// Query of every change.
 #[derive(Debug, Default, Deserialize)]
-struct ChangeQuery {
+pub(super) struct ChangeQuery {
     /// Only say what would be done.
     #[serde(default)]
     dry_run: bool,
 }
 
-async fn change(
+pub(super) async fn change(
     core: SharedCore,
     query: ChangeQuery,
     status: StatusCode,
@@ -120,7 +121,7 @@ async fn change(
 }
 
 /// The request's body as a JSON object.
-fn object(body: Result<Bytes, BytesRejection>) -> Result<Map<String, Value>, ApiError> {
+pub(super) fn object(body: Result<Bytes, BytesRejection>) -> Result<Map<String, Value>, ApiError> {
     let body = body.map_err(|e| match e.status() {
         StatusCode::PAYLOAD_TOO_LARGE => ApiError::new(
             StatusCode::PAYLOAD_TOO_LARGE,
@@ -138,16 +139,16 @@ fn object(body: Result<Bytes, BytesRejection>) -> Result<Map<String, Value>, Api
 }
 
 /// Rejects keys that a small request does not have.
-fn only(map: &Map<String, Value>, known: &[&str]) -> Result<(), ApiError> {
+pub(super) fn only(map: &Map<String, Value>, known: &[&str]) -> Result<(), ApiError> {
     match map.keys().find(|k| !known.contains(&k.as_str())) {
         Some(k) => Err(ApiError::bad_request(format!("unknown key `{k}`"), format!("known: {}", known.join(", ")))),
         None => Ok(()),
     }
 }
 
-type Body = Result<Bytes, BytesRejection>;
+pub(super) type Body = Result<Bytes, BytesRejection>;
 
-fn list<'a>(tree: &'a mut Value, what: &str) -> &'a mut Vec<Value> {
+pub(super) fn list<'a>(tree: &'a mut Value, what: &str) -> &'a mut Vec<Value> {
     if !tree[what].is_array() {
         tree[what] = Value::Array(Vec::new());
     }
@@ -158,13 +159,13 @@ fn list<'a>(tree: &'a mut Value, what: &str) -> &'a mut Vec<Value> {
     }
 }
 
-fn find<'a>(tree: &'a mut Value, what: &'static str, name: &str) -> Result<&'a mut Value, ChangeError> {
+pub(super) fn find<'a>(tree: &'a mut Value, what: &'static str, name: &str) -> Result<&'a mut Value, ChangeError> {
     let found = list(tree, what).iter_mut().find(|v| v["name"] == name);
     found.ok_or_else(|| ChangeError::NotFound { what, name: name.to_owned() })
 }
 
 /// JSON merge patch (RFC 7396): null takes a key away, objects are merged, all else replaces.
-fn merge_patch(target: &mut Value, patch: Value) {
+pub(super) fn merge_patch(target: &mut Value, patch: Value) {
     match patch {
         Value::Object(patch) => {
             if !target.is_object() {
@@ -184,7 +185,7 @@ fn merge_patch(target: &mut Value, patch: Value) {
     }
 }
 
-async fn add(state: AppState, query: ChangeQuery, what: &'static str, body: Body) -> Result<Response, ApiError> {
+pub(super) async fn add(state: AppState, query: ChangeQuery, what: &'static str, body: Body) -> Result<Response, ApiError> {
     let entry = object(body)?;
     change(state.core, query, StatusCode::CREATED, move |tree| {
         let name = entry.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -197,7 +198,7 @@ async fn add(state: AppState, query: ChangeQuery, what: &'static str, body: Body
     .await
 }
 
-async fn put_entry(
+pub(super) async fn put_entry(
     state: AppState,
     query: ChangeQuery,
     what: &'static str,
@@ -219,7 +220,7 @@ async fn put_entry(
     .await
 }
 
-async fn patch_entry(
+pub(super) async fn patch_entry(
     state: AppState,
     query: ChangeQuery,
     what: &'static str,

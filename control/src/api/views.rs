@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{BridgeConfig, PmdSpec, PortConfig};
+use ferry_dataplane::firewall::SecurityGroup;
+use ferry_dataplane::firewall::policy::AddressSet;
+
+use crate::config::{BridgeConfig, FirewallConfig, PmdSpec, PortConfig, VmConfig};
 use crate::core::Core;
-use crate::engine::{PmdStats, PortState};
+use crate::engine::{PmdStats, PortState, VmStats};
 use crate::plan::{Change, Kind};
 
 /// `GET /v1/status`
@@ -38,6 +41,9 @@ pub struct Status {
     pub received: u64,
     /// Of those: forwarded.
     pub forwarded: u64,
+    /// Of those: fragments kept until their datagram is complete.
+    #[serde(default)]
+    pub held: u64,
     /// Of those: dropped.
     pub dropped: u64,
     /// Log filter.
@@ -87,6 +93,42 @@ pub struct BridgeView {
     pub fdb_entries: u64,
 }
 
+/// One entry of `GET /v1/vms`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmView {
+    /// Its configuration.
+    #[serde(flatten)]
+    pub config: VmConfig,
+    /// Where that comes from: of a port that is a VM of its own, where the port's does.
+    pub origin: Origin,
+    /// Its ports.
+    pub ports: Vec<String>,
+    /// Its table and limits.
+    pub stats: VmStats,
+}
+
+/// `GET /v1/policy`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PolicyView {
+    /// Security groups by name.
+    pub security_groups: BTreeMap<String, SecurityGroup>,
+    /// Address sets by name.
+    pub address_sets: BTreeMap<String, AddressSet>,
+    /// Ports with a firewall.
+    pub ports: Vec<PortPolicyView>,
+}
+
+/// What a port makes of the policy.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PortPolicyView {
+    /// The port.
+    pub port: String,
+    /// Its VM.
+    pub vm: String,
+    /// Its settings.
+    pub firewall: FirewallConfig,
+}
+
 /// One entry of `GET /v1/pmds`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PmdView {
@@ -120,6 +162,7 @@ impl Status {
             ports,
             received: stats.inputs().map(|r| r.frames).sum(),
             forwarded: stats.inputs().map(|r| r.forwarded).sum(),
+            held: stats.inputs().map(|r| r.held).sum(),
             dropped: stats.inputs().map(|r| r.dropped_total()).sum(),
             log_level: config.log.level.clone(),
             dpdk_started: core.engine().dpdk_started(),
@@ -169,6 +212,41 @@ pub fn bridges(core: &Core) -> Vec<BridgeView> {
         fdb_entries: stats.ports.iter().filter(|p| p.bridge == b.name).map(|p| u64::from(p.fdb_entries)).sum(),
     };
     core.config().bridge.iter().map(view).collect()
+}
+
+/// All VMs.
+pub fn vms(core: &Core) -> Vec<VmView> {
+    let changes = core.not_in_file();
+    let config = core.config();
+    let view = |v: VmConfig| {
+        let listed = config.vm.iter().any(|l| l.name == v.name);
+        let what = if listed { "vm" } else { "port" };
+        let stats = core.engine().vm_stats(&v.name);
+        VmView {
+            origin: if core.file().is_none() { Origin::Runtime } else { origin(&changes, what, &v.name) },
+            ports: config.ports_of(&v.name).map(|p| p.name.clone()).collect(),
+            stats: stats.unwrap_or_else(|_| VmStats { vm: v.name.clone(), ..VmStats::default() }),
+            config: v,
+        }
+    };
+    config.vms().into_values().map(view).collect()
+}
+
+/// Groups, sets, and the ports that use them.
+pub fn policy(core: &Core) -> PolicyView {
+    let config = core.config();
+    let port = |p: &PortConfig| {
+        Some(PortPolicyView {
+            port: p.name.clone(),
+            vm: p.vm_name()?.to_owned(),
+            firewall: p.firewall.clone()?,
+        })
+    };
+    PolicyView {
+        security_groups: config.security_group.clone(),
+        address_sets: config.address_set.clone(),
+        ports: config.port.iter().filter_map(port).collect(),
+    }
 }
 
 /// All PMD threads.

@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 
 use crate::config::{DEFAULT_CONFIG, DEFAULT_SOCKET};
+use crate::firewall::filter::FilterText;
 
 /// Poll-mode virtual switch for QEMU guests over vhost-user, with DPDK uplinks.
 ///
@@ -24,7 +25,7 @@ pub struct DaemonArgs {
 /// Shows and changes what the virtual switch ferryd does.
 ///
 /// Exit status: 0 done; 1 ferryd refused or failed; 2 wrong usage or invalid configuration; 3 ferryd cannot be reached;
-/// 4 no such port, bridge or queue; 5 `stats --check` found counters that do not add up.
+/// 4 no such port, bridge, queue, VM or group; 5 `stats --check` found counters that do not add up.
 #[derive(Debug, Parser)]
 #[command(name = "ferry", version, propagate_version = true, max_term_width = 110)]
 pub struct Cli {
@@ -53,11 +54,31 @@ pub enum Command {
     /// Learned addresses.
     #[command(subcommand)]
     Fdb(FdbCommand),
-    /// Shows counters and checks that every received frame was forwarded or dropped for a named reason.
+    /// Shows counters and checks that every received frame was forwarded, held (a fragment) or dropped for a named reason.
     Stats(StatsArgs),
     /// PMD threads.
     #[command(subcommand)]
     Pmd(PmdCommand),
+    /// Connections that the VMs' firewalls track.
+    #[command(subcommand)]
+    Conntrack(ConntrackCommand),
+    /// Security groups, address sets, and what ports make of them.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Walks one packet through every stage of the switch, without any effect: names the rule, the connection and the output that decide.
+    #[command(after_long_help = PACKET_HELP, after_help = "`ferry trace --help` describes packets.")]
+    Trace {
+        /// The VM, or a port.
+        vm: String,
+        /// The packet in words, in quotes, such as "tcp 10.0.0.1:40000 > 10.0.0.2:22 syn".
+        packet: String,
+        /// Which of the VM's ports; found by the packet's addresses without.
+        #[arg(long)]
+        port: Option<String>,
+    },
+    /// What the firewall denied.
+    #[command(subcommand)]
+    Fw(FwCommand),
     /// Applies what changed in the configuration file, wholly or not at all. Changes made at run time stay where the file did not change.
     Reload {
         /// Drops changes made at run time.
@@ -228,7 +249,7 @@ pub struct StatsArgs {
     /// Shows them again and again, with rates; every so many seconds.
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub watch: Option<u64>,
-    /// Fails (status 5) unless received = forwarded + dropped on every queue, which holds whenever no burst is under way.
+    /// Fails (status 5) unless received = forwarded + held + dropped on every queue, which holds whenever no burst is under way.
     #[arg(long, conflicts_with = "watch")]
     pub check: bool,
 }
@@ -246,6 +267,93 @@ pub enum PmdCommand {
         queue: u32,
         /// The PMD thread, from 0.
         pmd: u32,
+    },
+}
+
+/// How packets are described.
+const PACKET_HELP: &str = "\
+A packet in words:
+  tcp|udp|sctp SOURCE:PORT > DESTINATION:PORT    TCP: syn ack fin rst psh urg ece cwr, seq N, ackno N, win N;
+                                                 without flags: syn
+  icmp|icmpv6 SOURCE > DESTINATION               echo-request (default), echo-reply, type N code N, id N, seq N
+  icmpv6 SOURCE > DESTINATION                    neighbour-solicitation, neighbour-advertisement, target ADDRESS
+  gre|esp|ah|proto N SOURCE > DESTINATION
+  arp who-has ADDRESS tell ADDRESS  |  arp ADDRESS is-at MAC
+  hex:...                                        a whole Ethernet frame
+Anywhere: in (towards the VM) or out, vlan N, smac MAC, dmac MAC, ttl N, len N (bytes of payload).
+IPv6 addresses with a port stand in brackets: udp [fd00::1]:53 > [fd00::2]:5353
+The direction is found by the VM's addresses where it can be, MAC addresses by those of the ports.";
+
+/// `ferry conntrack`
+#[derive(Debug, Subcommand)]
+pub enum ConntrackCommand {
+    /// Lists connections, one line each as `conntrack -L` prints them, with vm=NAME at the end. With --json: one array.
+    List {
+        /// Of this VM; all VMs without.
+        vm: Option<String>,
+        #[command(flatten)]
+        filter: FilterText,
+        /// At most so many.
+        #[arg(long, value_name = "COUNT")]
+        limit: Option<u64>,
+    },
+    /// Forgets connections. Their next packets are judged anew.
+    Flush {
+        /// Of this VM; all VMs without.
+        vm: Option<String>,
+        #[command(flatten)]
+        filter: FilterText,
+        /// Allows to forget all connections of all VMs.
+        #[arg(long)]
+        all: bool,
+    },
+    /// Shows connection tables and limits, and what was denied and why.
+    Stats {
+        /// Of this VM, in detail; all VMs without.
+        vm: Option<String>,
+    },
+}
+
+/// `ferry policy`
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// Shows groups, address sets and ports; one of them in detail.
+    Show {
+        /// A port, a security group or an address set.
+        name: Option<String>,
+    },
+    /// Checks a file that holds a configuration, or groups and sets alone, and compiles every port's rules. Needs no daemon.
+    Check {
+        /// The file.
+        #[arg(value_hint = ValueHint::FilePath, default_value = DEFAULT_CONFIG)]
+        file: PathBuf,
+    },
+    /// Says which rule decides about a packet that begins a connection, and why.
+    #[command(after_long_help = PACKET_HELP, after_help = "`ferry policy explain --help` describes packets.")]
+    Explain {
+        /// The port.
+        port: String,
+        /// The packet in words, in quotes, such as "tcp 10.0.0.1:40000 > 10.0.0.2:22 syn".
+        packet: String,
+        /// Asks this configuration file instead of the daemon.
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        file: Option<PathBuf>,
+    },
+}
+
+/// `ferry fw`
+#[derive(Debug, Subcommand)]
+pub enum FwCommand {
+    /// Shows what was denied lately and why: the latest first, attempts that differ in nothing but their source port in one line.
+    Drops {
+        /// In this VM; all VMs without.
+        vm: Option<String>,
+        /// At most so many lines.
+        #[arg(long, value_name = "COUNT", default_value_t = 40)]
+        limit: u64,
+        /// Shows them again and again; every so many seconds.
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = clap::value_parser!(u64).range(1..=3600))]
+        watch: Option<u64>,
     },
 }
 

@@ -2,6 +2,9 @@
 //! are made of one description.
 mod args;
 mod client;
+mod conntrack;
+mod firewall;
+mod policy;
 mod run;
 mod table;
 

@@ -12,13 +12,15 @@ use serde_json::{Map, Value, json};
 
 use super::args::*;
 use super::client::{CliError, Client};
+use super::{conntrack, firewall, policy};
 use super::table::{Table, colours, state};
 use crate::api::views::{BridgeView, Origin, PmdView, PortView, Status};
-use crate::config::{self, PortKind, VlanConfig, VlanItem, VlanKind, VlanKind as V, schema};
+use crate::config::{self, Config, PortKind, VlanConfig, VlanItem, VlanKind, VlanKind as V, schema};
 use crate::core::Outcome;
 use crate::engine::{FdbEntry, RxStats, Stats};
+use crate::firewall::filter::escape;
 
-type Result<T> = std::result::Result<T, CliError>;
+pub(super) type Result<T> = std::result::Result<T, CliError>;
 
 /// Runs `ferry` with the process's arguments; returns the exit status.
 pub fn main() -> u8 {
@@ -63,6 +65,19 @@ fn run(cli: &Cli) -> Result<String> {
             let path = format!("/v1/ports/{}/rxqs/{queue}", escape(port));
             outcome(cli, client()?.send(Method::PUT, &path, Some(&json!({ "pmd": pmd })))?)
         }
+        Command::Conntrack(c) => conntrack::run(&client()?, c, cli.json),
+        Command::Policy(PolicyCommand::Check { file }) => policy::check(file, cli.json),
+        Command::Policy(PolicyCommand::Show { name }) => policy::show(&client()?, name.as_deref(), cli.json),
+        Command::Policy(PolicyCommand::Explain { port, packet, file: Some(file) }) => {
+            policy::explain_file(file, port, packet, cli.json)
+        }
+        Command::Policy(PolicyCommand::Explain { port, packet, file: None }) => {
+            policy::explain(&client()?, port, packet, cli.json)
+        }
+        Command::Trace { vm, packet, port } => firewall::trace(&client()?, vm, packet, port.as_deref(), cli.json),
+        Command::Fw(FwCommand::Drops { vm, limit, watch }) => {
+            firewall::drops(&client()?, vm.as_deref(), *limit, *watch, cli.json)
+        }
         Command::Reload { discard_runtime, dry_run } => {
             let path = format!("/v1/reload?discard_runtime={discard_runtime}&dry_run={dry_run}");
             outcome(cli, client()?.send(Method::POST, &path, None)?)
@@ -91,11 +106,11 @@ struct Addresses {
     fdb: Vec<FdbEntry>,
 }
 
-fn pretty(value: &Value) -> String {
+pub(super) fn pretty(value: &Value) -> String {
     serde_json::to_string_pretty(value).unwrap_or_default() + "\n"
 }
 
-fn typed<T: DeserializeOwned>(value: Value) -> Result<T> {
+pub(super) fn typed<T: DeserializeOwned>(value: Value) -> Result<T> {
     serde_json::from_value(value).map_err(|e| {
         CliError::Other(format!("this ferry does not understand ferryd's answer ({e}): are they of one version?"))
     })
@@ -104,20 +119,6 @@ fn typed<T: DeserializeOwned>(value: Value) -> Result<T> {
 fn show<T: DeserializeOwned>(cli: &Cli, path: &str, text: impl FnOnce(T) -> String) -> Result<String> {
     let value = Client::new(&cli.socket)?.get(path)?;
     if cli.json { Ok(pretty(&value)) } else { Ok(text(typed(value)?)) }
-}
-
-/// A name as part of a path.
-fn escape(name: &str) -> String {
-    let mut out = String::new();
-    for b in name.bytes() {
-        match b {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'.' | b'_' | b'-' => out.push(char::from(b)),
-            _ => {
-                let _ = write!(out, "%{b:02X}");
-            }
-        }
-    }
-    out
 }
 
 fn outcome(cli: &Cli, value: Value) -> Result<String> {
@@ -162,7 +163,9 @@ fn status(s: &Status) -> String {
         s.bridges,
         s.ports.values().sum::<usize>()
     );
-    let _ = writeln!(out, "frames: {} received, {} forwarded, {} dropped", s.received, s.forwarded, s.dropped);
+    let held = if s.held > 0 { format!("{} fragments held, ", s.held) } else { String::new() };
+    let _ =
+        writeln!(out, "frames: {} received, {} forwarded, {held}{} dropped", s.received, s.forwarded, s.dropped);
     let _ =
         writeln!(out, "log level: {}; DPDK: {}", s.log_level, if s.dpdk_started { "running" } else { "not started" });
     if !s.damage.is_empty() {
@@ -212,7 +215,7 @@ fn vlan_text(v: &VlanConfig) -> String {
     }
 }
 
-fn origin_text(o: Origin) -> &'static str {
+pub(super) fn origin_text(o: Origin) -> &'static str {
     match o {
         Origin::File => "file",
         Origin::Changed => "file, changed",
@@ -516,7 +519,7 @@ fn unbalanced(client: &Client, path: &str, mut stats: Stats) -> Result<Option<Cl
         stats = typed(client.get(path)?)?;
         wrong = imbalances(&stats);
     }
-    let message = format!("received is not forwarded + dropped: {}", wrong.join("; "));
+    let message = format!("received is not forwarded + held + dropped: {}", wrong.join("; "));
     Ok((!wrong.is_empty()).then_some(CliError::Unbalanced(message)))
 }
 
@@ -526,7 +529,13 @@ fn imbalances(s: &Stats) -> Vec<String> {
         .chain([("originated".to_owned(), &s.originated), ("removed ports".to_owned(), &s.removed)])
         .filter(|(_, q)| q.imbalance() != 0)
         .map(|(name, q)| {
-            format!("{name}: {} received, {} forwarded, {} dropped", q.frames, q.forwarded, q.dropped_total())
+            format!(
+                "{name}: {} received, {} forwarded, {} held, {} dropped",
+                q.frames,
+                q.forwarded,
+                q.held,
+                q.dropped_total()
+            )
         })
         .collect()
 }
@@ -549,7 +558,7 @@ fn stats_text(s: &Stats, before: Option<(Duration, &Stats)>) -> String {
         n => format!("{n:+}"),
     };
 
-    let mut heads = vec!["PORT", "QUEUE", "PMD", "RECEIVED", "FORWARDED", "DROPPED", "CHECK"];
+    let mut heads = vec!["PORT", "QUEUE", "PMD", "RECEIVED", "FORWARDED", "HELD", "DROPPED", "CHECK"];
     if watch {
         heads.push("RX/s");
     }
@@ -570,6 +579,7 @@ fn stats_text(s: &Stats, before: Option<(Duration, &Stats)>) -> String {
                 q.pmd.map_or("-".into(), |n| n.to_string()),
                 q.frames.to_string(),
                 q.forwarded.to_string(),
+                q.held.to_string(),
                 q.dropped_total().to_string(),
                 verdict(q),
             ];
@@ -596,6 +606,7 @@ fn stats_text(s: &Stats, before: Option<(Duration, &Stats)>) -> String {
                 "-".into(),
                 q.frames.to_string(),
                 q.forwarded.to_string(),
+                q.held.to_string(),
                 q.dropped_total().to_string(),
                 verdict(q),
             ];
@@ -608,13 +619,14 @@ fn stats_text(s: &Stats, before: Option<(Duration, &Stats)>) -> String {
     }
     let sum = |f: fn(&RxStats) -> u64| s.inputs().map(f).sum::<u64>();
     let (received, forwarded, dropped) = (sum(|q| q.frames), sum(|q| q.forwarded), sum(RxStats::dropped_total));
-    let difference = i128::from(received) - i128::from(forwarded) - i128::from(dropped);
+    let held = sum(|q| q.held);
+    let difference = s.inputs().map(RxStats::imbalance).sum::<i128>();
     let check = match difference {
         0 => state("OK", colours),
         n => format!("{n:+} (frames on their way while the counters were read)"),
     };
     format!(
-        "{}\n{}\nreceived = forwarded + dropped: {received} = {forwarded} + {dropped}  {check}\n",
+        "{}\n{}\nreceived = forwarded + held + dropped: {received} = {forwarded} + {held} + {dropped}  {check}\n",
         rx.render(),
         tx.render()
     )
@@ -651,21 +663,27 @@ fn config_show(client: &Client, as_json: bool) -> Result<String> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-fn check(file: &Path, as_json: bool) -> Result<String> {
-    match config::load(file) {
-        Ok(c) if as_json => Ok(pretty(&json!({ "ok": true, "bridges": c.bridge.len(), "ports": c.port.len() }))),
-        Ok(c) => Ok(format!("{}: OK: {} bridge(s), {} port(s)\n", file.display(), c.bridge.len(), c.port.len())),
-        Err(e) if as_json => {
+/// Reads a configuration file; what is wrong with it also goes to standard output, as JSON.
+pub(super) fn load(file: &Path, as_json: bool) -> Result<Config> {
+    config::load(file).map_err(|e| {
+        if as_json {
             let problem = |p: &config::Problem| {
                 let (line, column) = e.position(p);
                 json!({ "line": line, "column": column, "key": p.path, "message": p.message, "fix": p.fix })
             };
             let problems: Vec<Value> = e.problems.iter().map(problem).collect();
             print!("{}", pretty(&json!({ "ok": false, "file": file, "problems": problems })));
-            Err(CliError::Config(e.to_string()))
         }
-        Err(e) => Err(CliError::Config(e.to_string())),
+        CliError::Config(e.to_string())
+    })
+}
+
+fn check(file: &Path, as_json: bool) -> Result<String> {
+    let c = load(file, as_json)?;
+    if as_json {
+        return Ok(pretty(&json!({ "ok": true, "bridges": c.bridge.len(), "ports": c.port.len() })));
     }
+    Ok(format!("{}: OK: {} bridge(s), {} port(s)\n", file.display(), c.bridge.len(), c.port.len()))
 }
 
 fn completions(shell: clap_complete::Shell, daemon: bool) -> String {

@@ -1,6 +1,7 @@
 //! Checks of entries against each other, after each was found well-formed by itself.
 use std::collections::HashMap;
 
+use super::firewall_check;
 use super::model::*;
 use super::problem::Problem;
 use super::schema::did_you_mean;
@@ -25,6 +26,7 @@ pub(super) fn check(config: &Config, problems: &mut Vec<Problem>) {
     check_pmds(config, problems);
     check_services(config, problems);
     check_bridges(config, problems);
+    firewall_check::check(config, problems);
     let mut names = HashMap::new();
     let mut resources = HashMap::new();
     resources.insert(format!("socket {}", config.api.socket.display()), "api.socket".to_owned());

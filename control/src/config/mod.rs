@@ -3,6 +3,9 @@
 //! Text becomes a value tree with the place of every key; the tree is checked against [`schema`]; only then
 //! it becomes the typed [`Config`], whose entries are checked against each other ([`check`]).
 mod check;
+mod firewall;
+mod firewall_check;
+mod firewall_schema;
 mod model;
 mod problem;
 pub mod schema;
@@ -13,6 +16,7 @@ use serde_json::{Map, Number, Value};
 use toml::Spanned;
 use toml::de::{DeArray, DeTable, DeValue};
 
+pub use firewall::*;
 pub use model::*;
 pub use problem::{At, ConfigError, Place, Problem, Source};
 

@@ -2,9 +2,13 @@
 //! holds the limits that are checked before a value gets here.
 use ferry_dataplane::bridge::fdb::{DEFAULT_AGEING_S, DEFAULT_CAPACITY};
 use ferry_dataplane::bridge::vlan::VlanMode;
+use ferry_dataplane::firewall::SecurityGroup;
+use ferry_dataplane::firewall::policy::AddressSet;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+
+use super::firewall::{FirewallConfig, FlowLogConfig, VmConfig};
 
 /// Most ports of one switch.
 pub const MAX_PORTS: usize = ferry_dataplane::bridge::fdb::MAX_PORTS;
@@ -35,6 +39,14 @@ pub struct Config {
     pub log: LogConfig,
     /// DPDK's environment, used only when a DPDK port is configured.
     pub dpdk: DpdkConfig,
+    /// Log of new and denied connections.
+    pub flow_log: FlowLogConfig,
+    /// Security groups by name.
+    pub security_group: BTreeMap<String, SecurityGroup>,
+    /// Address sets by name.
+    pub address_set: BTreeMap<String, AddressSet>,
+    /// VMs whose ports share one connection table.
+    pub vm: Vec<VmConfig>,
     /// Bridges.
     pub bridge: Vec<BridgeConfig>,
     /// Ports.
@@ -226,6 +238,12 @@ pub struct PortConfig {
     /// PMD thread (position in `switch.pmd`) of receive queue i: entry i modulo the list's length. Empty: chosen by load.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rxq_affinity: Vec<u32>,
+    /// The VM whose connection table the firewall uses; absent: the port is a VM of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+    /// The port's firewall; absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firewall: Option<FirewallConfig>,
 }
 
 fn yes() -> bool {

@@ -1,8 +1,12 @@
 //! Every key of the configuration: its type, limits, default and meaning. One table serves the checks
 //! of files and API requests, the reference `docs/CONFIG.md` and the test that the example is complete.
+use ferry_dataplane::firewall::Cidr;
+use ferry_dataplane::firewall::policy::{MAX_ADDRESS_SETS, MAX_GROUPS, PortRange, Protocol};
+use ferry_dataplane::packet::MacAddr;
 use serde_json::{Map, Value};
 
 use super::model::{self, MAX_BRIDGES, MAX_NAME_CHARS, MAX_PMDS, MAX_PORTS};
+use super::firewall_schema::{ADDRESS_SET, FLOW_LOG, PORT_FIREWALL, PORT_VM, SECURITY_GROUP, VM};
 use super::problem::Problem;
 
 /// What a value must look like.
@@ -18,18 +22,24 @@ pub enum Kind {
     Owner,
     /// A VLAN or a range of VLANs.
     Vlan,
+    /// A port or a range of ports.
+    Ports,
+    /// A transport protocol: name or number.
+    Protocol,
     /// A list of at most so many values.
     List(&'static Kind, usize),
     /// A table.
     Table(&'static Section),
     /// An array of at most so many tables.
     Tables(&'static Section, usize),
+    /// A table of at most so many tables, each under a name of its own.
+    Named(&'static Section, usize),
 }
 
 /// What a string must look like.
 #[derive(Clone, Copy, Debug)]
 pub enum Text {
-    /// Name of a bridge or port.
+    /// Name of a bridge, port, VM, group or set.
     Name,
     /// Absolute path of a Unix socket.
     SocketPath,
@@ -39,6 +49,12 @@ pub enum Text {
     Mode,
     /// Address and TCP port.
     SocketAddr,
+    /// Absolute path of a file.
+    FilePath,
+    /// A MAC address.
+    Mac,
+    /// An address, or a prefix without host bits.
+    Cidr,
     /// Non-empty text of at most so many bytes, without control characters.
     Line(usize),
 }
@@ -69,13 +85,13 @@ pub struct Section {
     pub variants: &'static [(&'static str, &'static [Key])],
 }
 
-const fn opt(name: &'static str, kind: Kind, default: &'static str, doc: &'static str) -> Key {
+pub(super) const fn opt(name: &'static str, kind: Kind, default: &'static str, doc: &'static str) -> Key {
     Key { name, kind, required: false, default, doc }
 }
-const fn req(name: &'static str, kind: Kind, doc: &'static str) -> Key {
+pub(super) const fn req(name: &'static str, kind: Kind, doc: &'static str) -> Key {
     Key { name, kind, required: true, default: "", doc }
 }
-const fn plain(doc: &'static str, keys: &'static [Key]) -> Section {
+pub(super) const fn plain(doc: &'static str, keys: &'static [Key]) -> Section {
     Section { doc, keys, variants: &[] }
 }
 
@@ -98,6 +114,10 @@ pub static ROOT: Section = plain(
             "",
             "A learning bridge; bridges are isolated from each other.",
         ),
+        opt("vm", Kind::Tables(&VM, MAX_PORTS), "", "A name under which ports share one connection table."),
+        opt("security_group", Kind::Named(&SECURITY_GROUP, MAX_GROUPS), "", "A named set of firewall rules."),
+        opt("address_set", Kind::Named(&ADDRESS_SET, MAX_ADDRESS_SETS), "", "A named set of prefixes."),
+        opt("flow_log", Kind::Table(&FLOW_LOG), "", "Log of new and denied connections."),
         opt("port", Kind::Tables(&PORT, MAX_PORTS), "", "A port of a bridge."),
     ],
 );
@@ -269,6 +289,8 @@ pub static PORT: Section = Section {
             "[]",
             "Which PMD thread serves receive queue i: entry i, counted round again when the list is shorter. Empty: chosen by load.",
         ),
+        PORT_VM,
+        PORT_FIREWALL,
     ],
     variants: &[
         (
@@ -502,6 +524,22 @@ pub fn check_value(kind: &Kind, value: &Value, path: &str, problems: &mut Vec<Pr
                 );
             }
         }
+        (Kind::Ports, v) => {
+            if serde_json::from_value::<PortRange>(v.clone()).is_err() {
+                wrong(
+                    format!("{} is not a port or a range of ports", describe(v)),
+                    "give a number from 0 to 65535, or a range such as \"8000-8099\", the lower end first",
+                );
+            }
+        }
+        (Kind::Protocol, v) => {
+            if serde_json::from_value::<Protocol>(v.clone()).is_err() {
+                wrong(
+                    format!("{} is not a protocol", describe(v)),
+                    "give \"tcp\", \"udp\", \"icmp\", \"icmpv6\", \"sctp\", \"gre\", \"any\" ..., or a number from 0 to 255",
+                );
+            }
+        }
         (Kind::List(of, max), Value::Array(items)) => {
             if items.len() > *max {
                 wrong(format!("has {} entries, at most {max} are allowed", items.len()), "shorten the list");
@@ -533,6 +571,30 @@ pub fn check_value(kind: &Kind, value: &Value, path: &str, problems: &mut Vec<Pr
                 }
             }
         }
+        (Kind::Named(section, max), Value::Object(map)) => {
+            if map.len() > *max {
+                wrong(format!("has {} entries, at most {max} are allowed", map.len()), "remove some");
+                return;
+            }
+            for (name, item) in map {
+                let at = format!("{path}.{name}");
+                if let Some((what, fix)) = check_text(&Text::Name, name) {
+                    problems.push(Problem::key(&at, what, fix));
+                }
+                match item {
+                    Value::Object(map) => check_section(section, map, &at, problems),
+                    v => problems.push(Problem::value(
+                        at,
+                        format!("must be a table, is {}", describe(v)),
+                        format!("write [{path}.NAME]"),
+                    )),
+                }
+            }
+        }
+        (Kind::Named(..), v) => wrong(
+            format!("must be a table of tables, is {}", describe(v)),
+            &format!("write [{path}.NAME], with single brackets, once per entry"),
+        ),
         (Kind::Tables(..), v) => wrong(
             format!("must be an array of tables, is {}", describe(v)),
             &format!("write [[{path}]], with double brackets, once per entry"),
@@ -563,6 +625,17 @@ fn check_text(text: &Text, s: &str) -> Option<(String, String)> {
                 None
             }
         }
+        Text::FilePath => {
+            let bad = !s.starts_with('/') || s.ends_with('/') || s.len() > 4095 || s.contains(char::is_control);
+            bad.then(|| (format!("{shown} is not the absolute path of a file"), "start it with '/'".to_owned()))
+        }
+        Text::Mac => s.parse::<MacAddr>().is_err().then(|| {
+            (format!("{shown} is not a MAC address"), "write it as \"52:54:00:12:34:56\"".to_owned())
+        }),
+        Text::Cidr => s.parse::<Cidr>().err().map(|e| {
+            let fix = "write an address or a prefix, such as \"192.0.2.7\", \"192.0.2.0/24\" or \"2001:db8::/32\"";
+            (e.to_string(), fix.to_owned())
+        }),
         Text::OneOf(words) => (!words.contains(&s)).then(|| {
             let list = words.iter().map(|w| format!("\"{w}\"")).collect::<Vec<_>>().join(", ");
             let fix = match did_you_mean(s, words.iter().copied()) {
@@ -584,11 +657,14 @@ fn check_text(text: &Text, s: &str) -> Option<(String, String)> {
     }
 }
 
-/// True for a valid name of a bridge or port.
+/// True for a valid name of a bridge, port, VM, security group or address set.
 pub fn is_name(s: &str) -> bool {
     let safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     s.len() <= MAX_NAME_CHARS && s.starts_with(|c: char| c.is_ascii_alphanumeric()) && s.chars().all(safe)
 }
+
+/// Stands in [`all_keys`] for the name that an entry of a [`Kind::Named`] has.
+pub const ANY_NAME: &str = "NAME";
 
 /// Every key as `(path, key)`, tables before their keys. Paths look like `port.vlan.tag`.
 pub fn all_keys() -> Vec<(String, &'static Key, Option<&'static str>)> {
@@ -608,8 +684,10 @@ fn walk(
     for (key, variant) in own.chain(more) {
         let at = join(path, key.name);
         out.push((at.clone(), key, variant));
-        if let Kind::Table(s) | Kind::Tables(s, _) = key.kind {
-            walk(s, &at, variant, out);
+        match key.kind {
+            Kind::Table(s) | Kind::Tables(s, _) => walk(s, &at, variant, out),
+            Kind::Named(s, _) => walk(s, &format!("{at}.{ANY_NAME}"), variant, out),
+            _ => {}
         }
     }
 }
@@ -627,6 +705,7 @@ pub fn reference_markdown() -> String {
         match key.kind {
             Kind::Table(s) => tables.push((key.name.to_owned(), s, false)),
             Kind::Tables(s, _) => tables.push((key.name.to_owned(), s, true)),
+            Kind::Named(s, _) => tables.push((format!("{}.{ANY_NAME}", key.name), s, false)),
             _ => {}
         }
     }
@@ -650,6 +729,7 @@ pub fn reference_markdown() -> String {
                 match key.kind {
                     Kind::Table(s) => nested.push((format!("{path}.{}", key.name), s, false)),
                     Kind::Tables(s, _) => nested.push((format!("{path}.{}", key.name), s, true)),
+                    Kind::Named(s, _) => nested.push((format!("{path}.{}.{ANY_NAME}", key.name), s, false)),
                     _ => {}
                 }
             }
@@ -673,7 +753,13 @@ fn kind_text(kind: &Kind) -> String {
         Kind::Text(Text::Mode) => "octal string".to_owned(),
         Kind::Text(Text::SocketAddr) => "address:port".to_owned(),
         Kind::Text(Text::Line(_)) => "string".to_owned(),
+        Kind::Text(Text::FilePath) => "absolute path".to_owned(),
+        Kind::Text(Text::Mac) => "MAC address".to_owned(),
+        Kind::Text(Text::Cidr) => "address or prefix".to_owned(),
         Kind::Owner => "name or number".to_owned(),
+        Kind::Ports => "port or range".to_owned(),
+        Kind::Protocol => "protocol name or number".to_owned(),
+        Kind::Named(_, max) => format!("up to {max} tables"),
         Kind::Vlan => "VLAN or range".to_owned(),
         Kind::List(of, max) => format!("list of up to {max}: {}", kind_text(of)),
         Kind::Table(_) => "table".to_owned(),

@@ -1,4 +1,5 @@
 //! What the daemon asks of the switch, and what it is told.
+mod firewall_view;
 pub mod sleeper;
 mod switch_engine;
 
@@ -6,10 +7,15 @@ pub use switch_engine::{Opened, Opener, PortHandle, SwitchEngine};
 
 use std::collections::BTreeMap;
 
+use ferry_dataplane::firewall::PolicyDocument;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::{BridgeConfig, DpdkConfig, PmdSpec, PortConfig};
+use crate::config::{BridgeConfig, DpdkConfig, PmdSpec, PortConfig, VmSpec};
+use crate::firewall::connection::ConnectionView;
+use crate::firewall::filter::Filter;
+use crate::firewall::packet_text::Described;
+use crate::firewall::record::FirewallRecord;
 
 /// Why the switch could not do a step.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -47,7 +53,15 @@ pub trait Engine: Send {
     fn update_bridge(&mut self, bridge: &BridgeConfig) -> Result<(), EngineError>;
     /// Removes a bridge without ports.
     fn remove_bridge(&mut self, name: &str) -> Result<(), EngineError>;
-    /// Adds a port; `placed[i]` is the PMD thread of receive queue i.
+    /// Adds a VM, with an empty connection table.
+    fn add_vm(&mut self, vm: &VmSpec) -> Result<(), EngineError>;
+    /// Changes a VM; its connections stay, as far as a smaller table holds them.
+    fn update_vm(&mut self, vm: &VmSpec) -> Result<(), EngineError>;
+    /// Removes a VM without ports, and its connections.
+    fn remove_vm(&mut self, name: &str) -> Result<(), EngineError>;
+    /// Replaces security groups and address sets for all ports at once.
+    fn set_policy(&mut self, policy: &PolicyDocument) -> Result<(), EngineError>;
+    /// Adds a port, whose VM exists if it has a firewall; `placed[i]` is the PMD thread of receive queue i.
     fn add_port(&mut self, port: &PortConfig, placed: &[usize]) -> Result<(), EngineError>;
     /// Changes what the switch keeps of a port, without disturbing it.
     fn update_port(&mut self, port: &PortConfig) -> Result<(), EngineError>;
@@ -61,12 +75,110 @@ pub trait Engine: Send {
     fn fdb(&self, bridge: &str) -> Result<Vec<FdbEntry>, EngineError>;
     /// Forgets learned addresses, all or those behind `port`; returns how many.
     fn fdb_flush(&mut self, bridge: &str, port: Option<&str>) -> Result<usize, EngineError>;
+    /// A page of a VM's connections that `filter` means, from `cursor` (0: the beginning): at most `limit` of them, found by
+    /// looking at no more than [`PAGE_BUDGET`] places of the table.
+    fn connections(&self, vm: &str, filter: &Filter, cursor: u64, limit: usize) -> Result<Page, EngineError>;
+    /// Forgets a VM's connections that `filter` means; returns how many.
+    fn flush_connections(&mut self, vm: &str, filter: &Filter) -> Result<u64, EngineError>;
+    /// How a VM's connection table and limits are doing.
+    fn vm_stats(&self, vm: &str) -> Result<VmStats, EngineError>;
+    /// What the firewall counted, by port; ports without a firewall are left out.
+    fn firewall_stats(&self) -> BTreeMap<String, FirewallStats>;
+    /// Takes what was reported of single connections since the last call; returns how many reports were lost.
+    fn take_firewall_events(&mut self, out: &mut Vec<FirewallRecord>) -> u64;
+    /// What is to be called now and then, not under the daemon's lock: it gets memory ready before traffic needs it.
+    fn housekeeper(&self) -> Box<dyn Fn() + Send>;
+    /// Walks a packet through every stage, as if it came from or went to `port`, without any effect.
+    fn trace(&self, port: &str, packet: &Described) -> Result<Trace, EngineError>;
     /// How a port is doing.
     fn port_state(&self, name: &str) -> Result<PortState, EngineError>;
     /// All counters.
     fn stats(&self) -> Stats;
     /// Ends everything in order: ports closed, sockets removed, threads stopped.
     fn shutdown(&mut self);
+}
+
+/// Most places of a connection table that are looked at for one page.
+pub const PAGE_BUDGET: usize = 65_536;
+
+/// A page of connections.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Page {
+    /// The connections.
+    pub connections: Vec<ConnectionView>,
+    /// Where the next page begins; absent: this was the last one.
+    #[serde(default)]
+    pub next: Option<u64>,
+}
+
+/// How a VM's connection table and limits are doing.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct VmStats {
+    /// The VM.
+    pub vm: String,
+    /// Connections now.
+    pub connections: u64,
+    /// Of these, such as only one side has been heard of.
+    pub half_open: u64,
+    /// Connections the table holds.
+    pub capacity: u64,
+    /// Memory of the table, bytes.
+    pub memory_bytes: u64,
+    /// Connections admitted so far.
+    pub new: u64,
+    /// Connections and frames denied so far, by reason; reasons that never occurred are left out.
+    pub denied: BTreeMap<String, u64>,
+    /// Invalid packets so far, by reason.
+    pub invalid: BTreeMap<String, u64>,
+    /// Connections removed so far, by reason: expired, evicted, finished ...
+    pub removed: BTreeMap<String, u64>,
+    /// Fragments: held now, and what became of others.
+    pub fragments: BTreeMap<String, u64>,
+    /// Everything else that is known, as the switch tells it.
+    #[serde(default)]
+    pub detail: Value,
+}
+
+/// What a port's firewall counted.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FirewallStats {
+    /// The VM.
+    pub vm: String,
+    /// Raised whenever the port's rules change: connections judged under another one are judged again.
+    pub generation: u32,
+    /// Rules, built-in ones included.
+    pub rules: u64,
+    /// Towards the VM.
+    pub ingress: FirewallDirection,
+    /// From the VM.
+    pub egress: FirewallDirection,
+    /// Answers to rejected packets, as the switch tells it.
+    #[serde(default)]
+    pub reject: Value,
+}
+
+/// One direction of a port's firewall.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FirewallDirection {
+    /// Packets by connection state: new, established, related, invalid, untracked.
+    pub packets: BTreeMap<String, u64>,
+    /// Packets for which the rules were asked.
+    pub policy_lookups: u64,
+    /// Connections judged again because the rules had changed.
+    pub reevaluated: u64,
+    /// Connections that began.
+    pub opened: u64,
+    /// Packets dropped, by reason; reasons that never occurred are left out.
+    pub denied: BTreeMap<String, u64>,
+}
+
+/// A packet's way through the switch.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Trace {
+    /// The stages, for programs.
+    pub report: Value,
+    /// The same for people.
+    pub text: String,
 }
 
 /// How a port is doing.
@@ -100,7 +212,7 @@ pub struct FdbEntry {
 pub struct Stats {
     /// By port.
     pub ports: Vec<PortStats>,
-    /// Frames that the switch originated itself (announcements).
+    /// Frames that the switch originated itself: announcements, answers to rejected packets, released fragments.
     #[serde(default)]
     pub originated: RxStats,
     /// Sums over ports that were removed, so that totals never go back.
@@ -146,6 +258,9 @@ pub struct RxStats {
     pub bytes: u64,
     /// Frames that reached at least one output.
     pub forwarded: u64,
+    /// Fragments kept until their datagram is complete; they are counted again, as originated frames, when they go on.
+    #[serde(default)]
+    pub held: u64,
     /// Frames dropped, by reason; reasons that never occurred are left out.
     pub dropped: BTreeMap<String, u64>,
 }
@@ -155,9 +270,9 @@ impl RxStats {
     pub fn dropped_total(&self) -> u64 {
         self.dropped.values().sum()
     }
-    /// `received - forwarded - dropped`: 0 unless a burst is under way.
+    /// `received - forwarded - held - dropped`: 0 unless a burst is under way.
     pub fn imbalance(&self) -> i128 {
-        i128::from(self.frames) - i128::from(self.forwarded) - i128::from(self.dropped_total())
+        i128::from(self.frames) - i128::from(self.forwarded) - i128::from(self.held) - i128::from(self.dropped_total())
     }
 }
 

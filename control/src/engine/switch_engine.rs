@@ -1,17 +1,27 @@
 //! The engine over the dataplane's switch: names become numbers, settings become options, ports are opened and closed.
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use ferry_dataplane::bridge::BridgeId;
 use ferry_dataplane::bridge::fdb::PortId;
 use ferry_dataplane::clock::Clock;
+use ferry_dataplane::enforce::{VmFirewall, VmId, VmOptions};
+use ferry_dataplane::firewall::{Direction, PolicyDocument};
 use ferry_dataplane::pmd::{IdleTuning, Kinds, PmdId};
 use ferry_dataplane::qsbr::Domain;
-use ferry_dataplane::switch::{self, BridgeOptions, PmdOptions, PortOptions, Switch, SwitchError};
+use ferry_dataplane::switch::trace::TraceFrom;
+use ferry_dataplane::switch::{self, BridgeOptions, FirewallOptions, PmdOptions, PortOptions, Switch, SwitchError};
 
 use super::sleeper::PollSleeper;
-use super::{Engine, EngineError, FdbEntry, PmdStats, PortState, PortStats, RxStats, Stats, TxStats};
-use crate::config::{BridgeConfig, DpdkConfig, PmdSpec, PortConfig};
+use super::{
+    Engine, EngineError, FdbEntry, FirewallStats, Page, PmdStats, PortState, PortStats, RxStats, Stats, Trace, TxStats,
+    VmStats, firewall_view,
+};
+use crate::config::{BridgeConfig, DpdkConfig, PmdSpec, PortConfig, VmSpec};
+use crate::firewall::filter::Filter;
+use crate::firewall::packet_text::Described;
+use crate::firewall::record::FirewallRecord;
 use crate::threads;
 
 /// A port that is open: what keeps it so.
@@ -49,6 +59,8 @@ pub trait Opener: Send {
 struct Port {
     id: PortId,
     bridge: String,
+    /// The VM of its firewall.
+    vm: Option<String>,
     handle: Box<dyn PortHandle>,
 }
 
@@ -64,6 +76,10 @@ pub struct SwitchEngine<O: Opener> {
     switch: Arc<Switch<O::K>>,
     ports: BTreeMap<String, Port>,
     bridges: BTreeMap<String, BridgeId>,
+    vms: BTreeMap<String, VmId>,
+    clock: Clock,
+    /// Reports of the firewall that were lost, as last heard.
+    lost_events: u64,
     /// By position in the configuration.
     pmds: Vec<Pmd>,
     /// Makes names of successive threads differ while one replaces the other.
@@ -73,11 +89,15 @@ pub struct SwitchEngine<O: Opener> {
 impl<O: Opener> SwitchEngine<O> {
     /// An engine over a new, empty switch.
     pub fn new(opener: O) -> Self {
+        let clock = Clock::default();
         Self {
             opener,
-            switch: Switch::new(Domain::new(), Clock::default()),
+            switch: Switch::new(Domain::new(), clock.clone()),
             ports: BTreeMap::new(),
             bridges: BTreeMap::new(),
+            vms: BTreeMap::new(),
+            clock,
+            lost_events: 0,
             pmds: Vec::new(),
             pmds_started: 0,
         }
@@ -120,21 +140,54 @@ impl<O: Opener> SwitchEngine<O> {
         self.bridges.get(name).copied().ok_or_else(|| EngineError::new(format!("there is no bridge {name}"), ""))
     }
 
+    fn vm(&self, name: &str) -> Result<VmId, EngineError> {
+        self.vms.get(name).copied().ok_or_else(|| EngineError::new(format!("there is no VM {name}"), ""))
+    }
+
+    fn vm_firewall(&self, name: &str) -> Result<Arc<VmFirewall>, EngineError> {
+        let found = self.switch.vm(self.vm(name)?);
+        found.ok_or_else(|| EngineError::new(format!("there is no VM {name}"), ""))
+    }
+
+    /// Names of a VM's ports by their numbers within it, which are part of its connections' zones.
+    fn port_numbers(&self, vm: &str) -> BTreeMap<u8, String> {
+        let ports = self.ports.iter().filter(|(_, p)| p.vm.as_deref() == Some(vm));
+        ports.filter_map(|(name, p)| Some((self.switch.port_firewall(p.id)?.index, name.clone()))).collect()
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.clock.now_ns() / 1_000_000
+    }
+
     fn options(&self, port: &PortConfig) -> Result<PortOptions, EngineError> {
+        let firewall = match (&port.firewall, port.vm_name()) {
+            (Some(f), Some(vm)) => Some(FirewallOptions { vm: self.vm(vm)?, policy: f.policy() }),
+            _ => None,
+        };
         Ok(PortOptions {
+            firewall,
             name: port.name.clone(),
             bridge: Some(self.bridge(&port.bridge)?),
             vlan: port.vlan.mode(),
             admin_up: port.admin_up,
             fdb_limit: port.fdb_limit,
             mtu: port.mtu,
-            firewall: None,
         })
     }
 
     fn port_name(&self, id: PortId) -> String {
         let found = self.ports.iter().find(|(_, p)| p.id == id).map(|(name, _)| name.clone());
         found.unwrap_or_else(|| format!("#{id}"))
+    }
+}
+
+fn vm_options(vm: &VmSpec) -> VmOptions {
+    VmOptions {
+        name: vm.name.clone(),
+        capacity: vm.connections,
+        track: vm.tracking,
+        limits: vm.limits,
+        log_new: vm.log_new,
     }
 }
 
@@ -158,6 +211,7 @@ fn rx_stats(queue: u32, pmd: Option<usize>, s: &switch::RxStats) -> RxStats {
         frames: s.frames,
         bytes: s.bytes,
         forwarded: s.forwarded,
+        held: s.held,
         dropped: s.drops.iter().map(|(r, n)| ((*r).to_owned(), *n)).collect(),
     }
 }
@@ -222,6 +276,83 @@ impl<O: Opener> Engine for SwitchEngine<O> {
         Ok(())
     }
 
+    fn add_vm(&mut self, vm: &VmSpec) -> Result<(), EngineError> {
+        let id = self.switch.add_vm(vm_options(vm)).map_err(plain)?;
+        self.vms.insert(vm.name.clone(), id);
+        Ok(())
+    }
+
+    fn update_vm(&mut self, vm: &VmSpec) -> Result<(), EngineError> {
+        self.switch.update_vm(self.vm(&vm.name)?, vm_options(vm)).map_err(plain)
+    }
+
+    fn remove_vm(&mut self, name: &str) -> Result<(), EngineError> {
+        self.switch.remove_vm(self.vm(name)?).map_err(plain)?;
+        self.vms.remove(name);
+        Ok(())
+    }
+
+    fn set_policy(&mut self, policy: &PolicyDocument) -> Result<(), EngineError> {
+        self.switch.set_policy(policy.clone()).map_err(plain)
+    }
+
+    fn connections(&self, vm: &str, filter: &Filter, cursor: u64, limit: usize) -> Result<Page, EngineError> {
+        let firewall = self.vm_firewall(vm)?;
+        Ok(firewall_view::page(&firewall, filter, cursor, limit, &self.port_numbers(vm), self.now_ms()))
+    }
+
+    fn flush_connections(&mut self, vm: &str, filter: &Filter) -> Result<u64, EngineError> {
+        Ok(self.vm_firewall(vm)?.flush(&|c| filter.matches(c)))
+    }
+
+    fn vm_stats(&self, vm: &str) -> Result<VmStats, EngineError> {
+        let gone = || EngineError::new(format!("there is no VM {vm}"), "");
+        let status = self.switch.vm_status(self.vm(vm)?).ok_or_else(gone)?;
+        let stats = self.switch.firewall_stats();
+        Ok(firewall_view::vm_stats(&status, stats.values().filter(|s| s.vm == vm)))
+    }
+
+    fn firewall_stats(&self) -> BTreeMap<String, FirewallStats> {
+        let stats = self.switch.firewall_stats();
+        stats.iter().map(|(id, s)| (self.port_name(*id), firewall_view::port_stats(s))).collect()
+    }
+
+    fn take_firewall_events(&mut self, out: &mut Vec<FirewallRecord>) -> u64 {
+        let mut events = Vec::new();
+        let lost = self.switch.take_firewall_events(&mut events);
+        let now_ns = self.clock.now_ns();
+        let now_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+        for e in &events {
+            let Some((port, record)) = self.ports.iter().find(|(_, p)| p.id == e.port) else { continue };
+            let Some(vm) = &record.vm else { continue };
+            let rule = self.switch.event_rule(e).map(|r| r.to_string());
+            let ago_ms = now_ns.saturating_sub(e.time_ns) / 1_000_000;
+            out.push(firewall_view::record(e, now_unix_ms.saturating_sub(ago_ms), vm, port, rule));
+        }
+        lost.saturating_sub(std::mem::replace(&mut self.lost_events, lost))
+    }
+
+    fn housekeeper(&self) -> Box<dyn Fn() + Send> {
+        let switch = Arc::downgrade(&self.switch);
+        Box::new(move || {
+            if let Some(switch) = switch.upgrade() {
+                switch.prepare_tables();
+            }
+        })
+    }
+
+    fn trace(&self, port: &str, packet: &Described) -> Result<Trace, EngineError> {
+        let id = self.port(port)?.id;
+        let from = match packet.direction {
+            Direction::Egress => TraceFrom::Port(id),
+            Direction::Ingress => TraceFrom::Towards(id),
+        };
+        let trace = self.switch.trace(from, &packet.frame).map_err(plain)?;
+        // Plain data: writing it as a value cannot fail.
+        let report = serde_json::to_value(&trace).unwrap_or_default();
+        Ok(Trace { report, text: trace.to_string() })
+    }
+
     fn add_port(&mut self, port: &PortConfig, placed: &[usize]) -> Result<(), EngineError> {
         let options = self.options(port)?;
         let affinity = placed.iter().map(|i| Ok(self.pmd(*i)?.id)).collect::<Result<Vec<_>, EngineError>>()?;
@@ -231,7 +362,8 @@ impl<O: Opener> Engine for SwitchEngine<O> {
             .map_err(|e| EngineError { message: format!("port {}: {}", port.name, e.message), ..e })?;
         match self.switch.add_port(options, opened.tx, opened.rx, &affinity) {
             Ok(id) => {
-                let record = Port { id, bridge: port.bridge.clone(), handle: opened.handle };
+                let vm = port.vm_name().map(str::to_owned);
+                let record = Port { id, bridge: port.bridge.clone(), vm, handle: opened.handle };
                 self.ports.insert(port.name.clone(), record);
                 Ok(())
             }
@@ -252,6 +384,7 @@ impl<O: Opener> Engine for SwitchEngine<O> {
         record.handle.update(port)?;
         self.switch.update_port(record.id, options).map_err(plain)?;
         record.bridge.clone_from(&port.bridge);
+        record.vm = port.vm_name().map(str::to_owned);
         Ok(())
     }
 
@@ -345,5 +478,6 @@ impl<O: Opener> Engine for SwitchEngine<O> {
         self.switch.shutdown();
         self.pmds.clear();
         self.bridges.clear();
+        self.vms.clear();
     }
 }

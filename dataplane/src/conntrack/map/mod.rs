@@ -102,6 +102,18 @@ pub struct Cursor {
     at: u32,
 }
 
+impl Cursor {
+    /// The place that [`Self::position`] told, for passes that go on after a while.
+    pub const fn new(position: u32) -> Self {
+        Self { at: position }
+    }
+
+    /// The place as a number; 0 is the beginning.
+    pub const fn position(&self) -> u32 {
+        self.at
+    }
+}
+
 /// What [`ConnMap::collect_dirty`] finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dirt {
