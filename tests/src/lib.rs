@@ -4,6 +4,7 @@ pub mod agent;
 pub mod failure;
 pub mod ferryd;
 pub mod guest;
+pub mod live;
 pub mod netns;
 pub mod paths;
 pub mod process;
