@@ -235,6 +235,60 @@ proptest! {
     }
 }
 
+/// What follows an IPv4 fragment's last whole eight bytes is not judged, so it is not forwarded either: here it would put a SYN where
+/// an ACK was judged, for a receiver that lets the first fragment's bytes win.
+#[test]
+fn odd_bytes_of_a_fragment_are_cut_off() {
+    let whole = tcp(true, 5, 1, 1, 0x10, 1000, 30);
+    let segment = &whole[34..];
+    let mut odd = segment[..15].to_vec();
+    odd[13] = 2;
+    let pieces = [v4(A4, B4, 6, 0x2000, 3, &odd), v4(A4, B4, 6, 1, 3, &segment[8..])];
+    let mut tracker = Tracker::new(ModelTable::new(10), TrackConfig::default());
+    let j = tracker.track(&Packet::whole(&pieces[0], Toward::Egress, Checksum::Verify), 0);
+    assert!(matches!(j, Judgement::Held), "{j:?}");
+    let j = tracker.track(&Packet::whole(&pieces[1], Toward::Egress, Checksum::Verify), 0);
+    let Judgement::Tracked(t) = j else { panic!("{j:?}") };
+    assert_eq!(t.state, CtState::New);
+    let mut out = Vec::new();
+    tracker.fragments().release(t.datagram.unwrap(), |f| out.push(f.to_vec()));
+    assert_eq!(out, [v4(A4, B4, 6, 0x2000, 3, &segment[..8]), pieces[1].clone()]);
+}
+
+/// IPv6: a fragment header of a whole datagram changes nothing, and nothing may hide behind it.
+#[test]
+fn fragment_headers_of_whole_datagrams_hide_nothing() {
+    let frame = |headers: &[u8]| {
+        let mut f = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x86, 0xdd, 0x60, 0, 0, 0];
+        f.extend((headers.len() as u16).to_be_bytes());
+        f.extend([44, 64]);
+        f.extend([0xfd; 16]);
+        f.extend([0xfe; 16]);
+        f.extend(headers);
+        f
+    };
+    let track = |frame: &[u8]| {
+        let mut tracker = Tracker::new(ModelTable::new(10), TrackConfig::default());
+        match tracker.track(&Packet::whole(frame, Toward::Ingress, Checksum::Verify), 0) {
+            Judgement::Tracked(t) => format!("{:?} {:?}", t.state, t.invalid),
+            other => format!("{other:?}"),
+        }
+    };
+    let udp = [0u8, 9, 0, 53, 0, 8, 0, 0];
+    let behind = |headers: &[u8]| track(&frame(&[headers, &udp].concat()));
+    assert_eq!(behind(&[17, 0, 0, 0, 0, 0, 0, 1]), "New None");
+    assert_eq!(behind(&[0, 0, 0, 0, 0, 0, 0, 1, 17, 0, 1, 4, 0, 0, 0, 0]), "New None");
+    // A jumbo payload option in front, once the fragment header is taken away.
+    assert_eq!(behind(&[0, 0, 0, 0, 0, 0, 0, 1, 17, 0, 0xc2, 4, 0, 1, 0, 0]), "Malformed(HopByHop)");
+    // A fragment within.
+    assert_eq!(behind(&[44, 0, 0, 0, 0, 0, 0, 1, 17, 0, 0, 8, 0, 0, 0, 2]), "Invalid Some(NoUpperProtocol)");
+    assert_eq!(behind(&[44, 0, 0, 0, 0, 0, 0, 1, 17, 0, 0, 1, 0, 0, 0, 2]), "Invalid Some(NoUpperProtocol)");
+    // Nothing in it; not even a whole fragment header.
+    assert_eq!(track(&frame(&[59, 0, 0, 0, 0, 0, 0, 1])), "Malformed(Fragment)");
+    assert_eq!(track(&frame(&[59, 0, 0, 1, 0, 0, 0, 1])), "Refused(Misfit)");
+    assert_eq!(track(&frame(&[17, 0, 0, 0, 0, 0, 0])), "Malformed(Fragment)");
+}
+
 #[test]
 fn a_refused_connection_leaves_nothing() {
     let mut tracker = Tracker::new(ModelTable::new(10), TrackConfig::default());

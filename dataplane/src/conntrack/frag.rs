@@ -90,6 +90,8 @@ struct Piece {
     end: u32,
     frame_len: u32,
     data_offset: u16,
+    /// IPv4: odd bytes at the end were not judged and must not be forwarded; where the network header begins.
+    cut_behind: Option<u16>,
     first_block: u32,
 }
 
@@ -237,7 +239,14 @@ impl FragmentQueue {
         let Some(unfinished) = self.slots.get_mut(slot as usize) else {
             return self.refuse(None, FragmentRefusal::Full);
         };
-        let piece = Piece { offset, end, frame_len: packet.len() as u32, data_offset: f.data_offset, first_block };
+        let piece = Piece {
+            offset,
+            end,
+            frame_len: packet.len() as u32,
+            data_offset: f.data_offset,
+            cut_behind: (end != f.offset + f.data_len).then_some(f.l3_offset),
+            first_block,
+        };
         let at = unfinished.pieces.partition_point(|p| p.offset < offset);
         unfinished.pieces.insert(at, piece);
         unfinished.received += end - offset;
@@ -430,12 +439,17 @@ impl FragmentQueue {
         &self.scratch
     }
 
-    /// Hands out a complete datagram's fragments, as they came, in the order of their offsets; then forgets them.
+    /// Hands out a complete datagram's fragments, as they came, in the order of their offsets; then forgets them. Only the odd bytes
+    /// at the end of an IPv4 fragment that more follow (RFC 791, 3.1: there are none) are cut off: a receiver that does not do
+    /// so itself would see them where the next fragment's bytes were judged.
     pub fn release(&mut self, datagram: Datagram, mut output: impl FnMut(&[u8])) {
         if let Some(u) = self.slots.get(datagram.0 as usize).filter(|u| u.in_use) {
             for piece in &u.pieces {
                 self.scratch.clear();
                 Self::gather(&mut self.scratch, &self.blocks, &self.next_block, piece, 0, piece.frame_len as usize);
+                if let Some(l3) = piece.cut_behind {
+                    cut(&mut self.scratch, usize::from(l3), piece);
+                }
                 output(&self.scratch);
             }
         }
@@ -466,12 +480,23 @@ impl FragmentQueue {
     }
 }
 
+/// Cuts an IPv4 fragment's frame behind the bytes that were judged.
+#[cold]
+fn cut(frame: &mut Vec<u8>, l3: usize, piece: &Piece) {
+    frame.truncate(usize::from(piece.data_offset) + (piece.end - piece.offset) as usize);
+    let total_len = frame.len().saturating_sub(l3) as u16;
+    if let Ok(mut ip) = Ipv4Mut::new(frame.get_mut(l3..).unwrap_or_default()) {
+        ip.set_total_len(total_len);
+        ip.fill_checksum();
+    }
+}
+
 /// Where the fragment belongs, when it can belong to this datagram.
 fn fit(u: &mut Unfinished, f: &FragmentFacts) -> Result<(u32, u32), FragmentRefusal> {
     let mut end = f.offset + f.data_len;
     if f.more {
         if end & 7 != 0 {
-            // RFC 8200, 4.5: an error. RFC 791: the odd bytes cannot be meant.
+            // RFC 8200, 4.5: an error. RFC 791, 3.1: the odd bytes cannot be meant; see `cut`.
             if f.src.is_ipv6() {
                 return Err(FragmentRefusal::Unaligned);
             }
