@@ -18,7 +18,7 @@ const TIME: Duration = Duration::from_secs(45);
 /// So many conversations are always compared: they show every listed deviation.
 const LEAST: usize = 120;
 /// Conversations with an unknown difference that are cut down and printed.
-const SHOWN: usize = 5;
+const SHOWN: usize = 8;
 
 fn seeds() -> RangeInclusive<u64> {
     let Ok(text) = std::env::var("FERRY_LIVE_SEEDS") else { return SEEDS };
@@ -32,9 +32,8 @@ fn seeds() -> RangeInclusive<u64> {
 /// The reviewed list: classes with their reasons.
 fn listed() -> BTreeMap<String, String> {
     let data = paths::workspace().join("tests/data/firewall");
-    let read = |name: &str| -> serde_json::Value {
-        serde_json::from_slice(&std::fs::read(data.join(name)).unwrap()).unwrap()
-    };
+    let read =
+        |name: &str| -> serde_json::Value { serde_json::from_slice(&std::fs::read(data.join(name)).unwrap()).unwrap() };
     let (list, properties) = (read("live-deviations.json"), read("deviations.json"));
     let deviations = list["deviations"].as_array().unwrap();
     deviations
@@ -89,7 +88,14 @@ fn the_kernel_agrees() -> Outcome {
     eprintln!("listed deviations: {seen:?}");
     for c in bad.iter().take(SHOWN) {
         let (least, judged, found) = shrink(&policy, c)?;
-        eprintln!("\n### seed {}, {}, profile {}: {} of {} frames", c.seed, c.category, c.profile.name(), least.steps.len(), c.steps.len());
+        eprintln!(
+            "\n### seed {}, {}, profile {}: {} of {} frames",
+            c.seed,
+            c.category,
+            c.profile.name(),
+            least.steps.len(),
+            c.steps.len()
+        );
         if found.is_empty() {
             eprintln!("not seen again by itself");
         }
@@ -114,9 +120,9 @@ fn the_kernel_agrees() -> Outcome {
 /// The comparison notices what it is there for: a Ferry with another switch is not the kernel.
 #[test]
 fn a_difference_is_noticed() -> Outcome {
-    use ferry_tests::live::own::Own;
-    use ferry_tests::live::compare::Judged;
     use ferry_tests::live::Profile;
+    use ferry_tests::live::compare::Judged;
+    use ferry_tests::live::own::Own;
     let policy = Policy::standard()?;
     let noticed = Kernel::with(|kernel| {
         let mut noticed = BTreeSet::new();

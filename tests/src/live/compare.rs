@@ -54,25 +54,31 @@ pub fn run(kernel: &mut Kernel, policy: &Policy, conversation: &Conversation) ->
     bail!("seed {}: {} steps take more than {LONGEST:?}", conversation.seed, conversation.steps.len())
 }
 
-/// All differences of a conversation.
+/// All differences of a conversation, up to the first step at which a known cause made the two sides' tables differ: whatever comes
+/// after that may differ because of it.
 pub fn differences(conversation: &Conversation, judged: &[Judged]) -> Vec<Difference> {
     let mut found = Vec::new();
     for (n, (step, j)) in conversation.steps.iter().zip(judged).enumerate() {
         let (kernel, own) = (&j.kernel, &j.own);
+        let cause = class_of_judgement(step, j);
         if kernel.ct_state.as_deref() != own.ct_state {
             let detail = format!("kernel {:?}, Ferry {:?}", kernel.ct_state, own.ct_state);
-            found.push(Difference { step: n, what: "ct_state", class: None, detail });
+            found.push(Difference { step: n, what: "ct_state", class: cause, detail });
         }
         let own_out: Vec<&[u8]> = own.out.iter().map(|(_, frame)| frame.as_slice()).collect();
         let kernel_out: Vec<&[u8]> = kernel.out.iter().map(Vec::as_slice).collect();
         if own_out != kernel_out {
             let list = |frames: &[&[u8]]| frames.iter().map(|f| hex(f)).collect::<Vec<_>>().join(" ");
             let detail = format!("kernel [{}], Ferry [{}]", list(&kernel_out), list(&own_out));
-            found.push(Difference { step: n, what: "out", class: class_of_output(step, &kernel_out, &own_out), detail });
+            let class = cause.or_else(|| class_of_output(step, &kernel_out, &own_out));
+            found.push(Difference { step: n, what: "out", class, detail });
         }
         if !same_table(&kernel.ct, &own.ct) {
             let detail = format!("kernel {:?}, Ferry {:?}", kernel.ct, own.ct);
-            found.push(Difference { step: n, what: "ct", class: None, detail });
+            found.push(Difference { step: n, what: "ct", class: cause, detail });
+        }
+        if cause.is_some() {
+            break;
         }
     }
     found
@@ -92,6 +98,65 @@ fn same_table(kernel: &[CtLine], own: &[CtLine]) -> bool {
             .iter()
             .zip(&own)
             .all(|(k, o)| key(k) == key(o) && k.timeout_ms.abs_diff(o.timeout_ms) <= TIMEOUT_SLACK_MS)
+}
+
+/// What is special about an IPv6 packet's extension headers.
+#[derive(Default)]
+struct Extensions {
+    /// There is an authentication header.
+    authentication: bool,
+    /// There is the header of a first fragment whose length is no multiple of eight although more follows.
+    unaligned_first_fragment: bool,
+    /// Fragment headers, up to and including the first that is not a first fragment's.
+    fragment_headers: usize,
+}
+
+fn extensions(frame: &[u8]) -> Option<Extensions> {
+    let mut found = Extensions::default();
+    if frame.get(12..14)? != [0x86, 0xdd] {
+        return Some(found);
+    }
+    let end = 54 + usize::from(u16::from_be_bytes([*frame.get(18)?, *frame.get(19)?]));
+    let (mut at, mut next) = (54, *frame.get(20)?);
+    while let (Some(&following), Some(&units)) = (frame.get(at), frame.get(at + 1)) {
+        at += match next {
+            0 | 43 | 60 => (usize::from(units) + 1) * 8,
+            51 => {
+                found.authentication = true;
+                (usize::from(units) + 2) * 4
+            }
+            44 => {
+                found.fragment_headers += 1;
+                let (Some(&high), Some(&low)) = (frame.get(at + 2), frame.get(at + 3)) else { break };
+                let field = u16::from_be_bytes([high, low]);
+                if field & 0xfff8 != 0 {
+                    break;
+                }
+                found.unaligned_first_fragment |= field & 1 == 1 && end.saturating_sub(at + 8) % 8 != 0;
+                8
+            }
+            _ => break,
+        };
+        next = following;
+    }
+    Some(found)
+}
+
+/// Why the two sides judge this packet differently, if the cause is a known one.
+fn class_of_judgement(step: &Step, judged: &Judged) -> Option<&'static str> {
+    let (kernel, own) = (&judged.kernel, &judged.own);
+    let special = extensions(&step.frame)?;
+    let stricter = own.out.is_empty() && own.ct_state != kernel.ct_state.as_deref();
+    if special.fragment_headers > 1 && stricter {
+        return Some("second-fragment-header");
+    }
+    if special.unaligned_first_fragment && stricter {
+        return Some("unaligned-fragment");
+    }
+    let policy_differs = kernel.ct_state.as_deref() == Some("new")
+        && own.ct_state == Some("new")
+        && kernel.out.is_empty() != own.out.is_empty();
+    (special.authentication && policy_differs).then_some("authentication-header")
 }
 
 /// Fields of an IP packet that are needed to compare what came out.
@@ -131,23 +196,25 @@ fn read(frame: &[u8]) -> Option<Ip<'_>> {
     let end = 54 + usize::from(be16(18)?);
     let mut headers = frame.get(14..54)?.to_vec();
     headers[4..6].fill(0);
-    let mut at = 54;
-    let mut next = headers[6];
-    let mut announcer = 6;
-    // Fragment headers are found behind any headers of eight-byte units.
-    while matches!(next, 0 | 43 | 60) {
-        let len = (usize::from(*frame.get(at + 1)?) + 1) * 8;
-        next = *frame.get(at)?;
-        announcer = headers.len();
-        headers.extend(frame.get(at..at + len)?);
-        at += len;
-    }
     let (mut offset, mut more, mut has_fragment_header) = (0, false, false);
-    if next == 44 {
-        let field = be16(at + 2)?;
-        (offset, more, has_fragment_header) = (usize::from(field & 0xfff8), field & 1 != 0, true);
-        headers[announcer] = *frame.get(at)?;
-        at += 8;
+    let (mut at, mut announcer) = (54, 6);
+    while offset == 0 && !more && at < end {
+        match headers[announcer] {
+            number @ (0 | 43 | 51 | 60) => {
+                let units = usize::from(*frame.get(at + 1)?);
+                let len = if number == 51 { (units + 2) * 4 } else { (units + 1) * 8 };
+                announcer = headers.len();
+                headers.extend(frame.get(at..at + len)?);
+                at += len;
+            }
+            44 => {
+                let field = be16(at + 2)?;
+                (offset, more, has_fragment_header) = (usize::from(field & 0xfff8), field & 1 != 0, true);
+                headers[announcer] = *frame.get(at)?;
+                at += 8;
+            }
+            _ => break,
+        }
     }
     Some(Ip { headers, offset, more, has_fragment_header, data: frame.get(at..end)?, padding: frame.len() - end })
 }

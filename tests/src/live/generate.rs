@@ -81,7 +81,8 @@ pub fn conversation(seed: u64) -> Conversation {
         at -= category.1;
     }
     let (category, _, generate) = chosen;
-    let profiles = [Profile::Default; 4].into_iter().chain([Profile::Strict, Profile::Liberal, Profile::RstNotVerified]);
+    let profiles =
+        [Profile::Default; 4].into_iter().chain([Profile::Strict, Profile::Liberal, Profile::RstNotVerified]);
     let profile = random.of(&profiles.collect::<Vec<_>>());
     let v4 = random.percent(60);
     let mut writer = Writer { random, hosts: Hosts::new(seed, v4), steps: Vec::new() };
@@ -211,7 +212,8 @@ fn tcp_walk(w: &mut Writer) {
                 88..92 => s.seq = s.seq.wrapping_sub(1),
                 _ => {}
             }
-            const STEPS: [i64; 12] = [-1, 1, -100, 100, -1400, 5000, 66_000, -66_000, 70_000, -200_000, 1 << 20, 1 << 31];
+            const STEPS: [i64; 12] =
+                [-1, 1, -100, 100, -1400, 5000, 66_000, -66_000, 70_000, -200_000, 1 << 20, 1 << 31];
             match r.range(0, 100) {
                 0..20 => s.seq = s.seq.wrapping_add(r.of(&STEPS) as u32),
                 20..25 => s.seq = r.u32(),
@@ -416,7 +418,8 @@ impl Life {
                 let end = by(&mut self.ends, from);
                 let keep = end.next;
                 end.next = keep.wrapping_add(w.random.of(&[1 << 16, 1 << 24, 1 << 30, 1 << 31]));
-                let flags = w.random.of(&[flag::RST, flag::SYN, flag::ACK, flag::ACK | flag::FIN, flag::RST | flag::ACK]);
+                let flags =
+                    w.random.of(&[flag::RST, flag::SYN, flag::ACK, flag::ACK | flag::FIN, flag::RST | flag::ACK]);
                 self.send(w, from, flags, 0, vec![]);
                 by(&mut self.ends, from).next = keep;
             }
@@ -873,7 +876,8 @@ fn mutants(w: &mut Writer) {
                 }
                 // Else most go no further than the header's checksum.
                 let header_len = usize::from(step.frame[14] & 0xf) * 4;
-                if step.frame[14] >> 4 == 4 && step.frame.len() >= 14 + header_len && header_len >= 20 && r.percent(70) {
+                if step.frame[14] >> 4 == 4 && step.frame.len() >= 14 + header_len && header_len >= 20 && r.percent(70)
+                {
                     fix_ip_checksum(&mut step.frame[14..], header_len);
                 }
             }

@@ -93,11 +93,7 @@ impl Kernel {
         for scope in ["all", "default"] {
             set(&format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6"), "1")?;
         }
-        for link in [
-            "br0 type bridge mcast_snooping 0",
-            "a0 type veth peer name a1",
-            "b0 type veth peer name b1",
-        ] {
+        for link in ["br0 type bridge mcast_snooping 0", "a0 type veth peer name a1", "b0 type veth peer name b1"] {
             run("ip", &[&["link", "add"][..], &link.split(' ').collect::<Vec<_>>()].concat())?;
         }
         for link in ["a1", "b1"] {
@@ -179,8 +175,7 @@ impl Kernel {
         // Queues are first in, first out: once this has arrived, so has all that was to.
         self.sentinels += 1;
         let (dst, src) = if step.from == Side::A { (MAC_B, MAC_A) } else { (MAC_A, MAC_B) };
-        let sentinel =
-            [&dst[..], &src, &SENTINEL_ETHERTYPE, &self.sentinels.to_be_bytes(), &[0; 40]].concat();
+        let sentinel = [&dst[..], &src, &SENTINEL_ETHERTYPE, &self.sentinels.to_be_bytes(), &[0; 40]].concat();
         near.send(&sentinel).context("sending a sentinel")?;
         let out = far.until(&sentinel, Duration::from_secs(10))?;
         if let Some(frame) = near.try_receive()? {
@@ -197,7 +192,8 @@ fn table() -> Result<Vec<CtLine>> {
     const PATH: &str = "/proc/thread-self/net/nf_conntrack";
     let text = std::fs::read_to_string(PATH)
         .with_context(|| format!("{PATH}: the kernel needs CONFIG_NF_CONNTRACK_PROCFS"))?;
-    let mut lines = text.lines().map(|line| parse(line).ok_or_else(|| anyhow!("{PATH}: {line}"))).collect::<Result<Vec<_>>>()?;
+    let mut lines =
+        text.lines().map(|line| parse(line).ok_or_else(|| anyhow!("{PATH}: {line}"))).collect::<Result<Vec<_>>>()?;
     lines.sort();
     Ok(lines)
 }
@@ -236,7 +232,8 @@ mod tests {
         assert_eq!((entry.proto.as_str(), entry.state.as_deref()), ("tcp", Some("SYN_SENT")));
         assert_eq!((entry.orig.as_str(), entry.timeout_ms), ("src=10.0.0.1 dst=11.0.0.1 sport=5 dport=80", 119_000));
         assert_eq!(entry.flags, ["UNREPLIED"]);
-        let line = "ipv4     2 unknown  50 599 src=10.0.0.1 dst=11.0.0.1 [UNREPLIED] src=11.0.0.1 dst=10.0.0.1 mark=0 use=2";
+        let line =
+            "ipv4     2 unknown  50 599 src=10.0.0.1 dst=11.0.0.1 [UNREPLIED] src=11.0.0.1 dst=10.0.0.1 mark=0 use=2";
         let entry = parse(line).unwrap();
         assert_eq!((entry.proto.as_str(), entry.state, entry.orig.as_str()), ("50", None, "src=10.0.0.1 dst=11.0.0.1"));
         assert!(parse("ipv4 2 tcp").is_none());

@@ -233,16 +233,7 @@ impl Hosts {
 
     /// An ICMP or ICMPv6 message: type, code, then `rest`.
     #[expect(clippy::too_many_arguments, reason = "they are the header's fields")]
-    pub fn icmp(
-        &mut self,
-        src: IpAddr,
-        dst: IpAddr,
-        proto: u8,
-        kind: u8,
-        code: u8,
-        rest: &[u8],
-        bad: bool,
-    ) -> Vec<u8> {
+    pub fn icmp(&mut self, src: IpAddr, dst: IpAddr, proto: u8, kind: u8, code: u8, rest: &[u8], bad: bool) -> Vec<u8> {
         let mut upper = vec![kind, code, 0, 0];
         upper.extend(rest);
         self.checksum(src, dst, proto, &mut upper, 2, bad);
