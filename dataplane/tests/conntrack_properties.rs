@@ -255,6 +255,30 @@ fn odd_bytes_of_a_fragment_are_cut_off() {
     assert_eq!(out, [v4(A4, B4, 6, 0x2000, 3, &segment[..8]), pieces[1].clone()]);
 }
 
+/// RFC 3168, 5.3: fragments that are ECN-capable and ones that are not do not make a datagram.
+#[test]
+fn fragments_of_mixed_ecn_make_no_datagram() {
+    for (first, second, whole) in [(0, 0, true), (1, 1, true), (2, 3, true), (0, 2, false), (3, 0, false)] {
+        let udp = [0, 9, 0, 53, 0, 16, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+        let piece = |ecn: u8, fragment, data: &[u8]| {
+            let mut f = v4(A4, B4, 17, fragment, 3, data);
+            f[15] = ecn;
+            f[24..26].fill(0);
+            let sum = internet_checksum(&f[14..34]);
+            f[24..26].copy_from_slice(&sum.to_be_bytes());
+            f
+        };
+        let mut tracker = Tracker::new(ModelTable::new(10), TrackConfig::default());
+        let one = piece(first, 0x2000, &udp[..8]);
+        let j = tracker.track(&Packet::whole(&one, Toward::Egress, Checksum::Verify), 0);
+        assert!(matches!(j, Judgement::Held), "{j:?}");
+        let two = piece(second, 1, &udp[8..]);
+        let j = tracker.track(&Packet::whole(&two, Toward::Egress, Checksum::Verify), 0);
+        assert_eq!(matches!(j, Judgement::Tracked(_)), whole, "{first} {second}: {j:?}");
+        assert!(whole || tracker.fragments().is_empty());
+    }
+}
+
 /// IPv6: a fragment header of a whole datagram changes nothing, and nothing may hide behind it.
 #[test]
 fn fragment_headers_of_whole_datagrams_hide_nothing() {

@@ -16,6 +16,8 @@ use crate::packet::ipv4::Ipv4Mut;
 
 const BLOCK_BYTES: usize = 256;
 const NONE: u32 = u32::MAX;
+/// ECN codepoint "not ECN-capable transport".
+const NOT_ECT: u8 = 0;
 /// Pieces of one datagram: enough for 64 KiB in the smallest IPv4 MTU's (68) common multiples, few enough to insert into a list.
 const MAX_PIECES: usize = 1024;
 /// Longest datagram put together: headers and payload.
@@ -47,7 +49,7 @@ pub enum FragmentRefusal {
     /// Has been received already.
     #[error("fragment repeated")]
     Repeated,
-    /// Empty, beyond the datagram's end or 64 KiB; the whole datagram is forgotten.
+    /// Empty, beyond the datagram's end or 64 KiB, or of another ECN kind; the whole datagram is forgotten.
     #[error("fragment does not fit its datagram")]
     Misfit,
     /// IPv6: not a multiple of 8 bytes although more follow; the whole datagram is forgotten.
@@ -110,6 +112,8 @@ struct Unfinished {
     len: u32,
     have_last: bool,
     received: u32,
+    /// Which ECN codepoints its fragments have, a bit each.
+    ecn: u8,
     l3_offset: u16,
     announced_at: u16,
     pieces: Vec<Piece>,
@@ -250,6 +254,7 @@ impl FragmentQueue {
         let at = unfinished.pieces.partition_point(|p| p.offset < offset);
         unfinished.pieces.insert(at, piece);
         unfinished.received += end - offset;
+        unfinished.ecn |= 1 << ecn(f, packet);
         if offset == 0 {
             unfinished.l3_offset = f.l3_offset;
             unfinished.announced_at = f.announced_at;
@@ -260,7 +265,9 @@ impl FragmentQueue {
             return Accepted::Held;
         }
         let headers = unfinished.pieces.first().map_or(0, |p| u32::from(p.data_offset - unfinished.l3_offset));
-        if unfinished.len + headers > MAX_PACKET_BYTES {
+        // RFC 3168, 5.3: a datagram cannot be ECN-capable in part.
+        let mixed = unfinished.ecn & 1 << NOT_ECT != 0 && unfinished.ecn != 1 << NOT_ECT;
+        if mixed || unfinished.len + headers > MAX_PACKET_BYTES {
             return self.refuse(Some(slot), FragmentRefusal::Misfit);
         }
         let id = unfinished.id;
@@ -303,6 +310,7 @@ impl FragmentQueue {
                     len: 0,
                     have_last: false,
                     received: 0,
+                    ecn: 0,
                     l3_offset: 0,
                     announced_at: 0,
                     pieces: Vec::new(),
@@ -318,6 +326,7 @@ impl FragmentQueue {
         u.len = 0;
         u.have_last = false;
         u.received = 0;
+        u.ecn = 0;
         u.in_use = true;
         self.index.insert(id, slot);
         Some(slot)
@@ -478,6 +487,12 @@ impl FragmentQueue {
         }
         gone
     }
+}
+
+/// A fragment's ECN codepoint (RFC 3168, 5).
+fn ecn(f: &FragmentFacts, packet: &Packet<'_>) -> u8 {
+    let byte = packet.head.get(usize::from(f.l3_offset) + 1).copied().unwrap_or(NOT_ECT);
+    if f.src.is_ipv4() { byte & 3 } else { byte >> 4 & 3 }
 }
 
 /// Cuts an IPv4 fragment's frame behind the bytes that were judged.
