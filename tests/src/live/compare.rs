@@ -161,7 +161,8 @@ fn class_of_judgement(step: &Step, judged: &Judged) -> Option<&'static str> {
 
 /// Fields of an IP packet that are needed to compare what came out.
 struct Ip<'a> {
-    /// Everything before the data that a fragment carries, with what fragmentation changes taken out.
+    /// Everything before the data that a fragment carries, with what fragmentation changes taken out (ECN: reassembly merges the
+    /// fragments' codepoints, RFC 3168, 5.3).
     headers: Vec<u8>,
     offset: usize,
     more: bool,
@@ -184,6 +185,7 @@ fn read(frame: &[u8]) -> Option<Ip<'_>> {
         }
         headers.truncate(20);
         headers[0] = 0;
+        headers[1] &= !3;
         return Some(Ip {
             headers,
             offset: usize::from(field & 0x1fff) * 8,
@@ -196,6 +198,7 @@ fn read(frame: &[u8]) -> Option<Ip<'_>> {
     let end = 54 + usize::from(be16(18)?);
     let mut headers = frame.get(14..54)?.to_vec();
     headers[4..6].fill(0);
+    headers[1] &= !0x30;
     let (mut offset, mut more, mut has_fragment_header) = (0, false, false);
     let (mut at, mut announcer) = (54, 6);
     while offset == 0 && !more && at < end {

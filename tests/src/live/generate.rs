@@ -741,9 +741,17 @@ fn pieces(w: &mut Writer, from: Side, number: u8, upper: &[u8]) {
         r.shuffle(&mut list);
     }
     let identification = r.u32();
+    let ecn = r.of(&[0, 0, 0, 1, 2, 3]);
     for (start, end) in list {
         let more = end < upper.len() || w.random.percent(1);
-        let ip = w.hosts.ip_piece(src, dst, number, &upper[start..end], identification, start, more, &[]);
+        let mut ip = w.hosts.ip_piece(src, dst, number, &upper[start..end], identification, start, more, &[]);
+        let codepoint = if w.random.percent(90) { ecn } else { w.random.of(&[0, 1, 2, 3]) };
+        if w.hosts.is_v4() {
+            ip[1] |= codepoint;
+            fix_ip_checksum(&mut ip, 20);
+        } else {
+            ip[1] |= codepoint << 4;
+        }
         w.push(from, &ip);
     }
 }
@@ -845,7 +853,12 @@ fn ipv6_headers(w: &mut Writer, number: u8, upper: Vec<u8>) -> (u8, Vec<u8>) {
             }
             43 => vec![first, 0, r.of(&[0, 3, 4, 200]), 0, 0, 0, 0, 0],
             // An atomic fragment, mostly.
-            44 => vec![first, 0, 0, r.of(&[0, 0, 0, 0, 1, 8]), 0, 0, 0, r.u8()],
+            44 => {
+                // With an identification of its own: the kernel keeps those of whole datagrams and of fragments apart no
+                // more than others, though RFC 6946 wants it.
+                let [i, j, k, l] = r.u32().to_be_bytes();
+                vec![first, 0, 0, r.of(&[0, 0, 0, 0, 1, 8]), i, j, k, l]
+            }
             51 => vec![first, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 2],
             _ => vec![first, 0, 0, 0, 0, 0, 0, 0],
         };

@@ -2,6 +2,7 @@
 use super::packet::{MAC_A, MAC_B};
 use super::socket::{Nfnetlink, PacketSocket, own_network_namespace, stay_on_this_cpu};
 use super::{Profile, Side, Step};
+use crate::wait;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ferry_dataplane::testing::replay::CtLine;
 use std::process::{Command, Stdio};
@@ -55,6 +56,12 @@ pub struct Kernel {
     netfilter: Nfnetlink,
     log: Nfnetlink,
     sentinels: u64,
+}
+
+/// A frame that passes whatever the firewall does.
+fn sentinel(from: Side, number: u64) -> Vec<u8> {
+    let (dst, src) = if from == Side::A { (MAC_B, MAC_A) } else { (MAC_A, MAC_B) };
+    [&dst[..], &src, &SENTINEL_ETHERTYPE, &number.to_be_bytes(), &[0; 40]].concat()
 }
 
 fn set(path: &str, value: &str) -> Result<()> {
@@ -122,8 +129,32 @@ impl Kernel {
             log,
             sentinels: 0,
         };
+        kernel.wait_for_path()?;
         kernel.prove()?;
         Ok(kernel)
+    }
+
+    /// A bridge port forwards a little after its link has come up.
+    fn wait_for_path(&mut self) -> Result<()> {
+        for from in [Side::A, Side::B] {
+            let opened = wait::for_some("the path over the bridge", Duration::from_secs(20), || {
+                self.sentinels += 1;
+                let sentinel = sentinel(from, self.sentinels);
+                let (near, far) = self.ends(from);
+                near.send(&sentinel).ok()?;
+                far.until(&sentinel, Duration::from_millis(20)).ok()
+            });
+            opened?;
+        }
+        Ok(())
+    }
+
+    /// The socket where a frame enters, and the one where it comes out.
+    fn ends(&self, from: Side) -> (&PacketSocket, &PacketSocket) {
+        match from {
+            Side::A => (&self.a, &self.b),
+            Side::B => (&self.b, &self.a),
+        }
     }
 
     /// That what is observed is what is meant: nothing else would notice a filter that filters nothing.
@@ -167,15 +198,11 @@ impl Kernel {
     /// # Errors
     /// When the harness fails; never by what the firewall does.
     pub fn step(&mut self, step: &Step) -> Result<Observed> {
-        let (near, far) = match step.from {
-            Side::A => (&self.a, &self.b),
-            Side::B => (&self.b, &self.a),
-        };
+        self.sentinels += 1;
+        let sentinel = sentinel(step.from, self.sentinels);
+        let (near, far) = self.ends(step.from);
         near.send(&step.frame).with_context(|| format!("sending {} bytes", step.frame.len()))?;
         // Queues are first in, first out: once this has arrived, so has all that was to.
-        self.sentinels += 1;
-        let (dst, src) = if step.from == Side::A { (MAC_B, MAC_A) } else { (MAC_A, MAC_B) };
-        let sentinel = [&dst[..], &src, &SENTINEL_ETHERTYPE, &self.sentinels.to_be_bytes(), &[0; 40]].concat();
         near.send(&sentinel).context("sending a sentinel")?;
         let out = far.until(&sentinel, Duration::from_secs(10))?;
         if let Some(frame) = near.try_receive()? {
