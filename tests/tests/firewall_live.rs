@@ -12,11 +12,11 @@ use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 /// Seeds of a plain run.
-const SEEDS: RangeInclusive<u64> = 0..=719;
+const SEEDS: RangeInclusive<u64> = 0..=1999;
 /// After this long no further conversation begins.
 const TIME: Duration = Duration::from_secs(45);
 /// So many conversations are always compared: they show every listed deviation.
-const LEAST: usize = 120;
+const LEAST: usize = 240;
 /// Conversations with an unknown difference that are cut down and printed.
 const SHOWN: usize = 8;
 

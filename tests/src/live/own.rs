@@ -6,6 +6,7 @@ use ferry_dataplane::firewall::{
     Action, AddressBook, AddressIndex, CompileOptions, CompiledPolicy, Direction, FlowKey, L4Key, PolicyDocument,
     PortPolicy, compile,
 };
+use ferry_dataplane::packet::EtherType;
 use ferry_dataplane::testing::replay::{StepResult, run_step};
 use serde_json::json;
 use std::sync::Arc;
@@ -41,6 +42,11 @@ impl Policy {
         let compiled = compile(&Arc::new(document), &port, "port", &mut book, CompileOptions::default())
             .map_err(|errors| anyhow!("{errors:?}"))?;
         Ok(Self { compiled, sets: book.snapshot(0) })
+    }
+
+    /// Whether frames of an EtherType that is not IP's may pass.
+    pub fn passes_ethertype(&self, ethertype: EtherType) -> bool {
+        self.compiled.passes_ethertype(ethertype)
     }
 
     /// Whether the packet may pass.
