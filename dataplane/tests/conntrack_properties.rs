@@ -279,6 +279,34 @@ fn fragments_of_mixed_ecn_make_no_datagram() {
     }
 }
 
+/// An ICMPv6 error is related although it quotes no more than the first bytes of an extension header.
+#[test]
+fn errors_may_quote_part_of_an_extension_header() {
+    let frame = |to_vm: bool, proto: u8, payload: &[u8]| {
+        let mut f = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x86, 0xdd, 0x60, 0, 0, 0];
+        f.extend((payload.len() as u16).to_be_bytes());
+        f.extend([proto, 64]);
+        let (src, dst) = if to_vm { ([0xfe; 16], [0xfd; 16]) } else { ([0xfd; 16], [0xfe; 16]) };
+        f.extend(src);
+        f.extend(dst);
+        f.extend(payload);
+        f
+    };
+    let mut tracker = Tracker::new(ModelTable::new(10), TrackConfig::default());
+    // A routing header, and behind it a protocol that nobody looks into.
+    let sent = frame(false, 43, &[253, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4]);
+    assert_eq!(judge(&mut tracker, &sent, Toward::Egress, 0).unwrap().state, CtState::New);
+    for (quoted, state) in [(4, CtState::Related), (2, CtState::Related), (1, CtState::Invalid)] {
+        let mut error = vec![3, 0, 0, 0, 0, 0, 0, 0];
+        error.extend(&sent[14..54 + quoted]);
+        let mut sum = pseudo_v6([0xfe; 16].into(), [0xfd; 16].into(), IpProto::ICMPV6, error.len() as u32);
+        sum.add_bytes(&error);
+        error[2..4].copy_from_slice(&sum.finish().to_be_bytes());
+        let judged = judge(&mut tracker, &frame(true, 58, &error), Toward::Ingress, 0).unwrap();
+        assert_eq!(judged.state, state, "{quoted}");
+    }
+}
+
 /// IPv6: a fragment header of a whole datagram changes nothing, and nothing may hide behind it.
 #[test]
 fn fragment_headers_of_whole_datagrams_hide_nothing() {
@@ -304,6 +332,8 @@ fn fragment_headers_of_whole_datagrams_hide_nothing() {
     assert_eq!(behind(&[0, 0, 0, 0, 0, 0, 0, 1, 17, 0, 1, 4, 0, 0, 0, 0]), "New None");
     // A jumbo payload option in front, once the fragment header is taken away.
     assert_eq!(behind(&[0, 0, 0, 0, 0, 0, 0, 1, 17, 0, 0xc2, 4, 0, 1, 0, 0]), "Malformed(HopByHop)");
+    // Options longer than the packet, with nothing behind them that could be judged.
+    assert_eq!(behind(&[0, 0, 0, 0, 0, 0, 0, 1, 17, 31, 1, 4, 0, 0, 0, 0]), "Invalid Some(Header)");
     // A fragment within.
     assert_eq!(behind(&[44, 0, 0, 0, 0, 0, 0, 1, 17, 0, 0, 8, 0, 0, 0, 2]), "Invalid Some(NoUpperProtocol)");
     assert_eq!(behind(&[44, 0, 0, 0, 0, 0, 0, 1, 17, 0, 0, 1, 0, 0, 0, 2]), "Invalid Some(NoUpperProtocol)");

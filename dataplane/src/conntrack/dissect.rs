@@ -498,10 +498,18 @@ fn whole_fragment(packet: &Packet<'_>, start: usize, at: usize, end: usize, next
         // Nothing in it.
         return Err(Malformed::Fragment.into());
     }
-    if at == start + 8 && next == IpProto::HOP_BY_HOP {
-        return hop_by_hop(packet, at);
+    if at != start + 8 || next != IpProto::HOP_BY_HOP {
+        return Ok(());
     }
-    Ok(())
+    if let Some(&[upper, len]) = chunk::<2>(packet.head, at)
+        && at + (usize::from(len) + 1) * 8 >= end
+        && !is_walked(IpProto(upper))
+        && IpProto(upper) != IpProto::NO_NEXT_HEADER
+    {
+        // No upper header in it: as in Linux it is not put together, and judged as it is.
+        return Ok(());
+    }
+    hop_by_hop(packet, at)
 }
 
 /// RFC 8200, 4.5 and RFC 7112: a first fragment must have all headers. One that has not is never put together.
@@ -851,14 +859,21 @@ fn walk_quoted(packet: &Packet<'_>, start: usize, end: usize, first: IpProto) ->
             | IpProto::FRAGMENT
             | IpProto::AUTHENTICATION
             | IpProto::DESTINATION_OPTIONS => {
-                if at + 8 > end {
+                // No more of the header is needed than its first fields: errors may quote eight bytes and no more (RFC 792).
+                if at + 2 > end {
                     return Err(UNRELATED);
                 }
-                let &[next, len, f0, f1, ..] = header::<8>(packet, at, UNRELATED)?;
+                let &[next, len] = header::<2>(packet, at, UNRELATED)?;
                 let is_fragment = proto == IpProto::FRAGMENT;
                 let is_authentication = proto == IpProto::AUTHENTICATION;
-                if is_fragment && u16::from_be_bytes([f0, f1]) & 0xfff8 != 0 {
-                    return Err(UNRELATED);
+                if is_fragment {
+                    if at + 4 > end {
+                        return Err(UNRELATED);
+                    }
+                    let &[_, _, f0, f1] = header::<4>(packet, at, UNRELATED)?;
+                    if u16::from_be_bytes([f0, f1]) & 0xfff8 != 0 {
+                        return Err(UNRELATED);
+                    }
                 }
                 proto = IpProto(next);
                 if is_fragment {
