@@ -143,7 +143,7 @@ impl<'p> Pipeline<'p> {
         let head = self.burst.snapshot(0);
         let body = self.burst.body(0, head.len() as u32);
         let checksum = if self.view == View::Trusted { Checksum::Vouched } else { Checksum::Verify };
-        self.tracker.track(&Packet { head, body, toward, checksum }, self.now_ms)
+        self.tracker.track(&Packet { head, body, toward, checksum, zone: None }, self.now_ms)
     }
 
     fn tracked(&mut self, tracked: Tracked, headers: &Headers, toward: Toward) -> String {
