@@ -207,7 +207,7 @@ impl Hosts {
         let (src, dst) = self.ends(from);
         let mut options = segment.options.clone();
         options.truncate(40);
-        while options.len() % 4 != 0 {
+        while !options.len().is_multiple_of(4) {
             options.push(if options.len() == 39 { 0 } else { 1 });
         }
         let mut upper = Vec::new();
@@ -215,7 +215,7 @@ impl Hosts {
         upper.extend(ports.1.to_be_bytes());
         upper.extend(segment.seq.to_be_bytes());
         upper.extend(segment.ack.to_be_bytes());
-        upper.extend([((20 + options.len()) / 4 << 4) as u8, segment.flags]);
+        upper.extend([(((20 + options.len()) / 4) << 4) as u8, segment.flags]);
         upper.extend(segment.window.to_be_bytes());
         upper.extend([0, 0, 0, 0]);
         upper.extend(options);
