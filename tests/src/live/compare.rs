@@ -41,7 +41,7 @@ pub struct Judged {
 pub fn run(kernel: &mut Kernel, policy: &Policy, conversation: &Conversation) -> Result<Vec<Judged>> {
     for _ in 0..5 {
         let started = Instant::now();
-        kernel.begin(conversation.profile)?;
+        kernel.begin(conversation.profile, policy)?;
         let mut own = Own::new(conversation.profile, policy);
         let mut judged = Vec::with_capacity(conversation.steps.len());
         for step in &conversation.steps {
@@ -291,8 +291,8 @@ pub fn shrink(policy: &Policy, conversation: &Conversation) -> Result<(Conversat
     Ok((best, judged, found))
 }
 
-/// The conversation as a document that `ferry-replay` takes, with what the kernel did.
-pub fn document(conversation: &Conversation, judged: &[Judged]) -> Value {
+/// The conversation as a document that `ferry-replay` takes (if the policy is the standard one), with what the kernel did.
+pub fn document(conversation: &Conversation, policy: &Policy, judged: &[Judged]) -> Value {
     let profile = conversation.profile;
     let switches: serde_json::Map<String, Value> =
         profile.switches().iter().map(|(name, on)| ((*name).to_owned(), json!(u8::from(*on)))).collect();
@@ -319,8 +319,10 @@ pub fn document(conversation: &Conversation, judged: &[Judged]) -> Value {
             line
         })
         .collect();
+    let standard = Policy::standard().is_ok_and(|standard| standard.nft == policy.nft);
+    let name = if standard { "std" } else { "random" };
     json!({
-        "format": 1, "engine": "kernel", "info": {}, "policy": {"name": "std"},
+        "format": 1, "engine": "kernel", "info": {}, "policy": {"name": name, "nft": policy.nft},
         "profiles": {profile.name(): switches}, "vectors": steps.len(),
         "scenarios": [{"id": conversation.seed, "category": conversation.category, "name": format!("seed {}", conversation.seed),
             "profile": profile.name(), "steps": steps}],
