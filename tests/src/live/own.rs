@@ -1,4 +1,5 @@
 //! Ferry's side: tracking and a compiled policy, on a clock that stands still.
+use super::packet::NETS;
 use super::{Profile, Random, Side, Step};
 use anyhow::{Result, anyhow};
 use ferry_dataplane::conntrack::{CtState, Flow, ModelTable, Toward, TrackConfig, Tracked, Tracker};
@@ -218,7 +219,7 @@ impl RandomRule {
         }
         if family != "any" && r.percent(35) {
             // Around the addresses that `Hosts` gives; seeds near each other share the longer prefixes.
-            let net = r.of(&[10, 11, 12]);
+            let net = r.of(&NETS);
             let at = if direction == "ingress" { "saddr" } else { "daddr" };
             let cidr = if family == "ipv4" {
                 r.of(&[
@@ -229,7 +230,7 @@ impl RandomRule {
                 .each_ref())
                     .clone()
             } else {
-                let net = r.of(&['a', 'b', 'c']);
+                let net = format!("{net:x}");
                 r.of(&[format!("fd00:{net}::/32"), format!("fd00:{net}::/117"), "fd00::/16".to_owned()].each_ref())
                     .clone()
             };
