@@ -340,6 +340,10 @@ fn fragment_headers_of_whole_datagrams_hide_nothing() {
     // Nothing in it; not even a whole fragment header.
     assert_eq!(track(&frame(&[59, 0, 0, 0, 0, 0, 0, 1])), "Malformed(Fragment)");
     assert_eq!(track(&frame(&[59, 0, 0, 1, 0, 0, 0, 1])), "Refused(Misfit)");
+    // A first fragment without its upper header; one whose options do not end in it; one with a fragment in it.
+    assert_eq!(track(&frame(&[17, 0, 0, 1, 0, 0, 0, 1])), "Invalid Some(Header)");
+    assert_eq!(track(&frame(&[60, 0, 0, 1, 0, 0, 0, 1, 60, 1, 1, 4, 0, 0, 0, 0])), "Held");
+    assert_eq!(track(&frame(&[44, 0, 0, 1, 0, 0, 0, 1, 17, 0, 0, 0, 0, 0, 0, 2])), "Malformed(Fragment)");
     assert_eq!(track(&frame(&[17, 0, 0, 0, 0, 0, 0])), "Malformed(Fragment)");
 }
 

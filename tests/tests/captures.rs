@@ -71,7 +71,7 @@ fn totals_are_as_reviewed() {
     assert_eq!(reviewed.lines().count(), text.lines().count());
 }
 
-/// Whatever is cut off, each frame is still accounted for, and a frame that lacks the end of its IP packet gets nowhere.
+/// Whatever is cut off, each frame is still accounted for.
 #[test]
 fn frames_cut_short_are_accounted_for() {
     let policy = Policy::standard().unwrap();

@@ -1,11 +1,13 @@
-//! Random conversations through the kernel's conntrack and through Ferry's: the same verdicts, states and tables after every frame.
+//! Random conversations under random policies, through the kernel's nftables and conntrack and through Ferry's firewall: the same
+//! verdicts, states and tables after every frame.
 //!
 //! `FERRY_LIVE_SEEDS=FROM-TO` (or one number) runs other seeds, `FERRY_LIVE_SECONDS` allows more time than the default.
 use ferry_tests::Outcome;
-use ferry_tests::live::compare::{Difference, differences, document, run, shrink};
+use ferry_tests::live::Profile;
+use ferry_tests::live::compare::{Difference, Judged, differences, document, run, shrink};
 use ferry_tests::live::generate::{categories, conversation};
 use ferry_tests::live::kernel::Kernel;
-use ferry_tests::live::own::Policy;
+use ferry_tests::live::own::{Own, Policy};
 use ferry_tests::paths;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
@@ -15,7 +17,7 @@ use std::time::{Duration, Instant};
 const SEEDS: RangeInclusive<u64> = 0..=1999;
 /// After this long no further conversation begins.
 const TIME: Duration = Duration::from_secs(45);
-/// So many conversations are always compared: they show every listed deviation.
+/// So many conversations are always compared.
 const LEAST: usize = 240;
 /// Conversations with an unknown difference that are cut down and printed.
 const SHOWN: usize = 8;
@@ -50,14 +52,13 @@ fn listed() -> BTreeMap<String, String> {
 
 #[test]
 fn the_kernel_agrees() -> Outcome {
-    let policy = Policy::standard()?;
     let listed = listed();
     let seconds = std::env::var("FERRY_LIVE_SECONDS").ok().and_then(|s| s.parse().ok());
     let time = seconds.map_or(TIME, Duration::from_secs);
     let started = Instant::now();
     let mut seen = BTreeMap::<&'static str, usize>::new();
     let mut states = BTreeMap::<String, usize>::new();
-    let (mut conversations, mut frames) = (0, 0);
+    let (mut conversations, mut frames, mut passed) = (0, 0, 0);
     let mut bad = Vec::new();
     let mut done = BTreeSet::new();
     let unknown = |found: &[Difference]| found.iter().any(|d| d.class.is_none_or(|class| !listed.contains_key(class)));
@@ -67,11 +68,12 @@ fn the_kernel_agrees() -> Outcome {
                 break;
             }
             let c = conversation(seed);
-            let judged = run(kernel, &policy, &c)?;
+            let judged = run(kernel, &Policy::of(seed)?, &c)?;
             conversations += 1;
             frames += judged.len();
             done.insert(c.category);
             for j in &judged {
+                passed += usize::from(!j.kernel.out.is_empty());
                 *states.entry(j.kernel.ct_state.clone().unwrap_or_else(|| "none".into())).or_default() += 1;
             }
             let found = differences(&c, &judged);
@@ -84,9 +86,13 @@ fn the_kernel_agrees() -> Outcome {
         }
         Ok(())
     })?;
-    eprintln!("{conversations} conversations, {frames} frames in {:?}: {states:?}", started.elapsed());
+    eprintln!(
+        "{conversations} conversations, {frames} frames ({passed} passed) in {:?}: {states:?}",
+        started.elapsed()
+    );
     eprintln!("listed deviations: {seen:?}");
     for c in bad.iter().take(SHOWN) {
+        let policy = Policy::of(c.seed)?;
         let (least, judged, found) = shrink(&policy, c)?;
         eprintln!(
             "\n### seed {}, {}, profile {}: {} of {} frames",
@@ -102,7 +108,7 @@ fn the_kernel_agrees() -> Outcome {
         for d in &found {
             eprintln!("step {} {} {}: {}", d.step, d.what, d.class.unwrap_or("unknown"), d.detail);
         }
-        eprintln!("{}", document(&least, &judged));
+        eprintln!("{}", document(&least, &policy, &judged));
     }
     let all: Vec<_> = bad.iter().map(|c| (c.seed, c.category)).collect();
     assert!(all.is_empty(), "{} of {conversations} conversations differ: {all:?}", all.len());
@@ -111,33 +117,34 @@ fn the_kernel_agrees() -> Outcome {
         for state in ["none", "new", "est", "rel", "inv", "untr"] {
             assert!(states.contains_key(state), "no packet was {state}: {states:?}");
         }
+        // Rare ones only show in the whole of it.
+        let whole = conversations as u64 == SEEDS.end() - SEEDS.start() + 1;
         let stale: Vec<_> = listed.keys().filter(|class| !seen.contains_key(class.as_str())).collect();
-        assert!(stale.is_empty(), "listed but not seen: {stale:?}");
+        assert!(stale.is_empty() || !whole, "listed but not seen: {stale:?}");
     }
     Ok(())
 }
 
-/// The comparison notices what it is there for: a Ferry with another switch is not the kernel.
+/// The comparison notices what it is there for: a Ferry with another switch, or under another policy, is not the kernel.
 #[test]
 fn a_difference_is_noticed() -> Outcome {
-    use ferry_tests::live::Profile;
-    use ferry_tests::live::compare::Judged;
-    use ferry_tests::live::own::Own;
-    let policy = Policy::standard()?;
-    let noticed = Kernel::with(|kernel| {
-        let mut noticed = BTreeSet::new();
-        for seed in 0..60 {
-            let c = conversation(seed);
-            kernel.begin(Profile::Default)?;
-            let mut own = Own::new(Profile::Strict, &policy);
-            let mut judged = Vec::new();
-            for step in &c.steps {
-                judged.push(Judged { kernel: kernel.step(step)?, own: own.step(step) });
+    let (standard, random) = (Policy::standard()?, Policy::of(20)?);
+    for (profile, policy) in [(Profile::Strict, &standard), (Profile::Default, &random)] {
+        let noticed = Kernel::with(|kernel| {
+            let mut noticed = BTreeSet::new();
+            for seed in 0..60 {
+                let c = conversation(seed);
+                kernel.begin(Profile::Default, &standard)?;
+                let mut own = Own::new(profile, policy);
+                let mut judged = Vec::new();
+                for step in &c.steps {
+                    judged.push(Judged { kernel: kernel.step(step)?, own: own.step(step) });
+                }
+                noticed.extend(differences(&c, &judged).iter().filter(|d| d.class.is_none()).map(|d| d.what));
             }
-            noticed.extend(differences(&c, &judged).iter().filter(|d| d.class.is_none()).map(|d| d.what));
-        }
-        Ok(noticed)
-    })?;
-    assert_eq!(noticed, BTreeSet::from(["ct", "ct_state", "out"]));
+            Ok(noticed)
+        })?;
+        assert_eq!(noticed, BTreeSet::from(["ct", "ct_state", "out"]));
+    }
     Ok(())
 }

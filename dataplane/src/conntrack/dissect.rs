@@ -514,38 +514,31 @@ fn whole_fragment(packet: &Packet<'_>, start: usize, at: usize, end: usize, next
     hop_by_hop(packet, at)
 }
 
-/// RFC 8200, 4.5 and RFC 7112: a first fragment must have all headers. One that has not is never put together.
+/// RFC 8200, 4.5: a first fragment must have the upper header. One that has not is never put together. One in which not even the
+/// extension headers end is, as in Linux: what they announce is seen, and judged, in the whole datagram.
 #[cold]
 fn first_is_whole(packet: &Packet<'_>, start: usize, end: usize, first: IpProto) -> Result<(), Refusal> {
-    let Upper { proto, at, .. } = walk_after_fragment(packet, start, end, first)?;
-    let least = match proto {
-        IpProto::TCP => 20,
-        IpProto::UDP | IpProto::ICMPV6 => 8,
-        IpProto::NO_NEXT_HEADER => 0,
-        _ => 1,
-    };
-    if at + least > end { Err(BAD_TRANSPORT) } else { Ok(()) }
-}
-
-fn walk_after_fragment(packet: &Packet<'_>, start: usize, end: usize, first: IpProto) -> Result<Upper, Refusal> {
-    // A second fragment header would recurse; nobody honest sends one.
     let mut at = start;
     let mut proto = first;
-    while matches!(
-        proto,
-        IpProto::HOP_BY_HOP | IpProto::ROUTING | IpProto::AUTHENTICATION | IpProto::DESTINATION_OPTIONS
-    ) {
+    while is_walked(proto) {
+        if proto == IpProto::FRAGMENT {
+            // A fragment of a fragment: nobody honest sends one.
+            return Err(Malformed::Fragment.into());
+        }
         if at + 2 > end {
-            return Err(BAD_TRANSPORT);
+            return Ok(());
         }
         let &[next, len] = header::<2>(packet, at, BAD_TRANSPORT)?;
         at += if proto == IpProto::AUTHENTICATION { (usize::from(len) + 2) * 4 } else { (usize::from(len) + 1) * 8 };
         proto = IpProto(next);
     }
-    if proto == IpProto::FRAGMENT {
-        return Err(Malformed::Fragment.into());
-    }
-    Ok(Upper { proto, at, fragment: None })
+    let least = match proto {
+        IpProto::TCP => 20,
+        IpProto::UDP | IpProto::ICMPV6 => 8,
+        IpProto::NO_NEXT_HEADER => return Ok(()),
+        _ => 1,
+    };
+    if at + least > end { Err(BAD_TRANSPORT) } else { Ok(()) }
 }
 
 #[inline]

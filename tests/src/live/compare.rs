@@ -41,7 +41,7 @@ pub struct Judged {
 pub fn run(kernel: &mut Kernel, policy: &Policy, conversation: &Conversation) -> Result<Vec<Judged>> {
     for _ in 0..5 {
         let started = Instant::now();
-        kernel.begin(conversation.profile)?;
+        kernel.begin(conversation.profile, policy)?;
         let mut own = Own::new(conversation.profile, policy);
         let mut judged = Vec::with_capacity(conversation.steps.len());
         for step in &conversation.steps {
@@ -109,6 +109,8 @@ struct Extensions {
     unaligned_first_fragment: bool,
     /// Fragment headers, up to and including the first that is not a first fragment's.
     fragment_headers: usize,
+    /// The packet ends within a fragment header.
+    cut_fragment_header: bool,
 }
 
 fn extensions(frame: &[u8]) -> Option<Extensions> {
@@ -127,6 +129,7 @@ fn extensions(frame: &[u8]) -> Option<Extensions> {
             }
             44 => {
                 found.fragment_headers += 1;
+                found.cut_fragment_header |= at + 8 > end;
                 let (Some(&high), Some(&low)) = (frame.get(at + 2), frame.get(at + 3)) else { break };
                 let field = u16::from_be_bytes([high, low]);
                 if field & 0xfff8 != 0 {
@@ -147,8 +150,8 @@ fn class_of_judgement(step: &Step, judged: &Judged) -> Option<&'static str> {
     let (kernel, own) = (&judged.kernel, &judged.own);
     let special = extensions(&step.frame)?;
     let stricter = own.out.is_empty() && own.ct_state != kernel.ct_state.as_deref();
-    if special.fragment_headers > 1 && stricter {
-        return Some("second-fragment-header");
+    if (special.fragment_headers > 1 || special.cut_fragment_header) && stricter {
+        return Some("broken-fragment-header");
     }
     if special.unaligned_first_fragment && stricter {
         return Some("unaligned-fragment");
@@ -291,8 +294,8 @@ pub fn shrink(policy: &Policy, conversation: &Conversation) -> Result<(Conversat
     Ok((best, judged, found))
 }
 
-/// The conversation as a document that `ferry-replay` takes, with what the kernel did.
-pub fn document(conversation: &Conversation, judged: &[Judged]) -> Value {
+/// The conversation as a document that `ferry-replay` takes (if the policy is the standard one), with what the kernel did.
+pub fn document(conversation: &Conversation, policy: &Policy, judged: &[Judged]) -> Value {
     let profile = conversation.profile;
     let switches: serde_json::Map<String, Value> =
         profile.switches().iter().map(|(name, on)| ((*name).to_owned(), json!(u8::from(*on)))).collect();
@@ -319,8 +322,10 @@ pub fn document(conversation: &Conversation, judged: &[Judged]) -> Value {
             line
         })
         .collect();
+    let standard = Policy::standard().is_ok_and(|standard| standard.nft == policy.nft);
+    let name = if standard { "std" } else { "random" };
     json!({
-        "format": 1, "engine": "kernel", "info": {}, "policy": {"name": "std"},
+        "format": 1, "engine": "kernel", "info": {}, "policy": {"name": name, "nft": policy.nft},
         "profiles": {profile.name(): switches}, "vectors": steps.len(),
         "scenarios": [{"id": conversation.seed, "category": conversation.category, "name": format!("seed {}", conversation.seed),
             "profile": profile.name(), "steps": steps}],

@@ -1,4 +1,5 @@
 //! Linux's own firewall on a bridge, in a network namespace that ends with the thread it belongs to.
+use super::own::Policy;
 use super::packet::{MAC_A, MAC_B};
 use super::socket::{Nfnetlink, PacketSocket, own_network_namespace, stay_on_this_cpu};
 use super::{Profile, Side, Step};
@@ -8,7 +9,7 @@ use ferry_dataplane::testing::replay::CtLine;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-/// The policy of [`super::own`], in nftables' words, after one rule per state that only reports it.
+/// One rule per state that only reports it; then, in `decide`, what comes before any policy (the policy's rules follow there).
 const RULES: &str = "
 table inet ferry {
  chain report {
@@ -24,12 +25,9 @@ table inet ferry {
   ct state invalid drop
   ct state established,related accept
   ct state untracked accept
-  ether saddr 02:00:00:00:00:0a tcp dport 25 drop
-  ether saddr 02:00:00:00:00:0a accept
-  ether saddr 02:00:00:00:00:0b tcp dport {80,443} accept
-  ether saddr 02:00:00:00:00:0b udp dport 53 accept
-  ether saddr 02:00:00:00:00:0b icmp type echo-request accept
-  ether saddr 02:00:00:00:00:0b icmpv6 type echo-request accept
+  jump connections
+ }
+ chain connections {
  }
 }";
 
@@ -56,6 +54,8 @@ pub struct Kernel {
     netfilter: Nfnetlink,
     log: Nfnetlink,
     sentinels: u64,
+    /// The policy in force.
+    rules: Vec<String>,
 }
 
 /// A frame that passes whatever the firewall does.
@@ -128,6 +128,7 @@ impl Kernel {
             netfilter: Nfnetlink::open()?,
             log,
             sentinels: 0,
+            rules: Vec::new(),
         };
         kernel.wait_for_path()?;
         kernel.prove()?;
@@ -160,7 +161,8 @@ impl Kernel {
     /// That what is observed is what is meant: nothing else would notice a filter that filters nothing.
     fn prove(&mut self) -> Result<()> {
         use super::packet::{Hosts, Segment, flag};
-        self.begin(Profile::Default)?;
+        let policy = Policy::standard()?;
+        self.begin(Profile::Default, &policy)?;
         for v4 in [true, false] {
             let mut hosts = Hosts::new(0x00ff_ffff, v4);
             let mut syn = |port| {
@@ -177,16 +179,24 @@ impl Kernel {
                     "the kernel does not filter bridged frames with nftables and conntrack as needed: {seen:?}"
                 );
             }
-            self.begin(Profile::Default)?;
+            self.begin(Profile::Default, &policy)?;
         }
         Ok(())
     }
 
-    /// Empties the table, and sets the switches.
+    /// Empties the table, and sets the switches and the policy.
     ///
     /// # Errors
     /// When the kernel lacks one.
-    pub fn begin(&mut self, profile: Profile) -> Result<()> {
+    pub fn begin(&mut self, profile: Profile, policy: &Policy) -> Result<()> {
+        if self.rules != policy.nft {
+            let mut script = "flush chain inet ferry connections\n".to_owned();
+            for rule in &policy.nft {
+                script += &format!("add rule inet ferry connections {rule}\n");
+            }
+            run("nft", &[&script])?;
+            self.rules.clone_from(&policy.nft);
+        }
         for (name, on) in profile.switches() {
             set(&format!("/proc/sys/net/netfilter/{name}"), if on { "1" } else { "0" })?;
         }

@@ -6,6 +6,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 pub const MAC_A: [u8; 6] = [2, 0, 0, 0, 0, 0xa];
 /// MAC address of B.
 pub const MAC_B: [u8; 6] = [2, 0, 0, 0, 0, 0xb];
+/// First octet of A's, B's and C's IPv4 addresses, and second group of their IPv6 addresses. Several bits apart, so that damage does not
+/// make a packet one of the other side's: that is judged differently on purpose (a packet belongs to a connection only in the
+/// direction it really travels), and tested by itself.
+pub const NETS: [u8; 3] = [10, 53, 92];
 /// Longest payload of a frame, bytes.
 pub const MTU: usize = 1500;
 
@@ -77,10 +81,10 @@ impl Hosts {
     pub fn new(seed: u64, v4: bool) -> Self {
         let [_, _, _, _, _, x, y, z] = seed.to_be_bytes();
         let [a, b, c] = if v4 {
-            [10, 11, 12].map(|net| IpAddr::V4(Ipv4Addr::new(net, x, y, z)))
+            NETS.map(|net| IpAddr::V4(Ipv4Addr::new(net, x, y, z)))
         } else {
             let (high, low) = ((seed >> 16) as u16, seed as u16);
-            [0xa, 0xb, 0xc].map(|net| IpAddr::V6(Ipv6Addr::new(0xfd00, net, 0, 0, 0, 0, high, low)))
+            NETS.map(|net| IpAddr::V6(Ipv6Addr::new(0xfd00, u16::from(net), 0, 0, 0, 0, high, low)))
         };
         Self { a, b, c, identification: 0 }
     }
@@ -207,7 +211,7 @@ impl Hosts {
         let (src, dst) = self.ends(from);
         let mut options = segment.options.clone();
         options.truncate(40);
-        while options.len() % 4 != 0 {
+        while !options.len().is_multiple_of(4) {
             options.push(if options.len() == 39 { 0 } else { 1 });
         }
         let mut upper = Vec::new();
@@ -215,7 +219,7 @@ impl Hosts {
         upper.extend(ports.1.to_be_bytes());
         upper.extend(segment.seq.to_be_bytes());
         upper.extend(segment.ack.to_be_bytes());
-        upper.extend([((20 + options.len()) / 4 << 4) as u8, segment.flags]);
+        upper.extend([(((20 + options.len()) / 4) << 4) as u8, segment.flags]);
         upper.extend(segment.window.to_be_bytes());
         upper.extend([0, 0, 0, 0]);
         upper.extend(options);

@@ -221,7 +221,7 @@ impl Nfnetlink {
                 } else if kind != DONE {
                     bail!("unexpected netlink message {kind}");
                 }
-                messages = rest.get((message.len() + 3 & !3) - message.len()..).unwrap_or_default();
+                messages = rest.get(((message.len() + 3) & !3) - message.len()..).unwrap_or_default();
             }
         }
         Ok(prefixes)
