@@ -9,9 +9,7 @@ use ferry_dataplane::firewall::PolicyDocument;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::config::{
-    self, BridgeConfig, Config, DpdkConfig, FlowLogConfig, MAX_PORTS, PmdSpec, PortConfig, VmSpec,
-};
+use crate::config::{self, BridgeConfig, Config, DpdkConfig, FlowLogConfig, MAX_PORTS, PmdSpec, PortConfig, VmSpec};
 
 /// Lists of named entries in the configuration.
 const LISTS: [&str; 3] = ["vm", "bridge", "port"];
@@ -437,7 +435,9 @@ impl fmt::Display for Change {
             Kind::Changed => {
                 let show = |v: &Value| match v {
                     Value::Null => "(unset)".to_owned(),
-                    Value::Array(items) if v.to_string().len() > MAX_SHOWN_BYTES => format!("[{} entries]", items.len()),
+                    Value::Array(items) if v.to_string().len() > MAX_SHOWN_BYTES => {
+                        format!("[{} entries]", items.len())
+                    }
                     v => v.to_string(),
                 };
                 let keys = self.keys.iter().map(|k| format!("{}: {} -> {}", k.key, show(&k.from), show(&k.to)));

@@ -116,10 +116,14 @@ fn connections_are_listed_filtered_paged_and_flushed() {
     assert!(guest.trim_end().ends_with("[ASSURED] mark=0 use=1 port=a vm=guest"), "{guest}");
     assert_eq!(ok(&d, &["conntrack", "list", "-u", "unreplied", "--dport", "5000"]).lines().count(), 20);
     assert_eq!(ok(&d, &["conntrack", "list", "--limit", "3"]).lines().count(), 3);
-    let json: Value = serde_json::from_str(&ok(&d, &["--json", "conntrack", "list", "b", "--sport", "6001-6003"])).unwrap();
+    let json: Value =
+        serde_json::from_str(&ok(&d, &["--json", "conntrack", "list", "b", "--sport", "6001-6003"])).unwrap();
     let all = json.as_array().unwrap();
     assert_eq!(all.len(), 3);
-    assert_eq!((&all[0]["opened"], &all[0]["original"]["dport"], &all[0]["port"]), (&json!("ingress"), &json!(5000), &json!("b")));
+    assert_eq!(
+        (&all[0]["opened"], &all[0]["original"]["dport"], &all[0]["port"]),
+        (&json!("ingress"), &json!(5000), &json!("b"))
+    );
     assert_eq!(ok(&d, &["--json", "conntrack", "list", "-s", "10.9.0.0/16"]).replace('\n', ""), "[]");
 
     // Small pages see every connection once.
@@ -144,7 +148,10 @@ fn connections_are_listed_filtered_paged_and_flushed() {
     let (code, text) = fails(&d, &["conntrack", "list", "nobody"]);
     assert_eq!((code, text.lines().next()), (Some(4), Some("error: there is no VM nobody")));
     let (status, code, message, _) = d.refused("GET", "/v1/vms/b/connections?dport=x", json!({}));
-    assert_eq!((status, code.as_str(), message.as_str()), (400, "bad_request", "dport: \"x\" is not a port or range of ports"));
+    assert_eq!(
+        (status, code.as_str(), message.as_str()),
+        (400, "bad_request", "dport: \"x\" is not a port or range of ports")
+    );
     assert_eq!(d.refused("GET", "/v1/vms/b/connections?color=red", json!({})).0, 400);
     assert_eq!(d.refused("GET", "/v1/vms/b/connections?cursor=-1", json!({})).0, 400);
 }
@@ -178,13 +185,13 @@ fn denials_are_told_counted_and_logged() {
     assert!(text.contains("spoof_source_ipv4") && text.contains("52:54:00:00:00:0a > 52:54:00:00:00:0b"), "{text}");
     assert!(text.contains("web rule 2 (no-telnet)"), "{text}");
 
-    // The flow log has each of them, and the new connection of both ends.
+    // The flow log has each of them, and new connections: of the VM that opened four, and of the one that took one of them.
     let lines = || -> Vec<Value> {
         let text = std::fs::read_to_string(d.dir.path().join("flows.jsonl")).unwrap();
         text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
     };
     let count = |event: &str| lines().iter().filter(|l| l["event"] == event).count();
-    eventually("the flow log", || count("new") == 2 && count("denied") == 4 && count("spoofed") == 1);
+    eventually("the flow log", || count("new") == 5 && count("denied") == 4 && count("spoofed") == 1);
     let new = lines().into_iter().find(|l| l["event"] == "new" && l["vm"] == "b").unwrap();
     assert_eq!((&new["rule"], &new["dport"]), (&json!("web rule 0 (http): ingress tcp ports 80 allow"), &json!(80)));
 
@@ -197,13 +204,15 @@ fn denials_are_told_counted_and_logged() {
     assert_eq!(value("ferry_vm_connections{vm=\"b\"}"), 1);
     assert_eq!(value("ferry_vm_half_open_connections{vm=\"b\"}"), 1);
     assert_eq!(value("ferry_vm_connection_capacity{vm=\"guest\"}"), 4096);
-    assert_eq!(value("ferry_vm_new_connections_total{vm=\"guest\"}"), 1);
+    assert_eq!(value("ferry_vm_new_connections_total{vm=\"guest\"}"), 4);
     assert_eq!(value("ferry_vm_denied_packets_total{vm=\"b\",reason=\"fw_denied\"}"), 3);
     assert_eq!(
-        value("ferry_port_firewall_denied_packets_total{port=\"a\",vm=\"guest\",direction=\"egress\",reason=\"spoof_source_ipv4\"}"),
+        value(
+            "ferry_port_firewall_denied_packets_total{port=\"a\",vm=\"guest\",direction=\"egress\",reason=\"spoof_source_ipv4\"}"
+        ),
         1
     );
-    assert_eq!(value("ferry_flow_log_lines_total"), 7);
+    assert_eq!(value("ferry_flow_log_lines_total"), 10);
     let stats = d.get("/v1/firewall/stats");
     assert_eq!(stats["ports"]["b"]["ingress"]["denied"]["fw_denied"], 3);
     assert!(stats["ports"].get("up").is_none());
@@ -262,7 +271,12 @@ fn rules_are_changed_by_the_api_and_by_reload_and_cut_what_they_no_longer_allow(
     assert_eq!(d.refused("GET", "/v1/security-groups/ssh", json!({})).0, 404);
     exchange(42_000);
     // A group renamed in the file, together with the ports in it.
-    d.write(&CONFIG.replace("security_group.web", "security_group.www").replace("[\"web\"]", "[\"www\"]").replace("= \"web\"", "= \"www\""));
+    d.write(
+        &CONFIG
+            .replace("security_group.web", "security_group.www")
+            .replace("[\"web\"]", "[\"www\"]")
+            .replace("= \"web\"", "= \"www\""),
+    );
     d.ok("POST", "/v1/reload", json!({}));
     send(&d, "a", "tcp 10.0.0.1:42000 > 10.0.0.2:80 ack seq 2 ackno 2");
     arrives(&d, "b", "the connection is allowed by the group's new name");
@@ -314,7 +328,14 @@ fn explanations_and_traces_name_what_decides() {
     assert_eq!(fails(&d, &["policy", "explain", "up", "tcp 10.0.0.7:4 > 10.0.0.2:81 in"]).0, Some(4));
 
     let text = ok(&d, &["trace", "guest", "tcp 10.0.0.1:40000 > 10.0.0.2:80 syn"]);
-    for part in ["firewall from VM guest (port a", "tracking: new", "flooded", "firewall towards VM b (port b", "web rule 0 (http)", "output: port b"] {
+    for part in [
+        "firewall from VM guest (port a",
+        "tracking: new",
+        "flooded",
+        "firewall towards VM b (port b",
+        "web rule 0 (http)",
+        "output: port b",
+    ] {
         assert!(text.contains(part), "{part} in\n{text}");
     }
     let text = ok(&d, &["trace", "b", "tcp 10.0.0.9:40000 > 10.0.0.2:8080 syn"]);
@@ -331,11 +352,15 @@ fn explanations_and_traces_name_what_decides() {
     let (code, text) = fails(&d, &["trace", "guest", "tcp 10.0.0.1 > 10.0.0.2:80"]);
     assert_eq!(code, Some(2));
     assert!(text.contains("the source has no port") && text.contains("    ^^^^^^^^"), "{text}");
-    let (status, _, message, hint) = d.refused("POST", "/v1/vms/guest/trace", json!({"packet": "tcp 1.1.1.1:1 > 2.2.2.2:2"}));
+    let (status, _, message, hint) =
+        d.refused("POST", "/v1/vms/guest/trace", json!({"packet": "tcp 1.1.1.1:1 > 2.2.2.2:2"}));
     assert_eq!(status, 400);
     assert!(message.starts_with("none of the addresses is the VM's") && hint.contains("\"in\""), "{message} {hint}");
     assert_eq!(d.refused("POST", "/v1/vms/nobody/trace", json!({"packet": "tcp 1.1.1.1:1 > 2.2.2.2:2 in"})).0, 404);
-    assert_eq!(d.refused("POST", "/v1/vms/guest/trace", json!({"port": "b", "packet": "tcp 10.0.0.1:1 > 2.2.2.2:2"})).0, 400);
+    assert_eq!(
+        d.refused("POST", "/v1/vms/guest/trace", json!({"port": "b", "packet": "tcp 10.0.0.1:1 > 2.2.2.2:2"})).0,
+        400
+    );
     assert_eq!(d.refused("POST", "/v1/ports/b/explain", json!({"packet": 5})).0, 400);
 }
 
@@ -356,7 +381,10 @@ fn the_policy_is_shown_and_checked() {
     let file = d.dir.path().join("ferry.toml");
     let file = file.to_str().unwrap();
     let text = ok(&d, &["policy", "check", file]);
-    assert!(text.contains("1 security group(s) with 3 rule(s), 1 address set(s), 2 VM(s), 2 port(s) with a firewall"), "{text}");
+    assert!(
+        text.contains("1 security group(s) with 3 rule(s), 1 address set(s), 2 VM(s), 2 port(s) with a firewall"),
+        "{text}"
+    );
     assert!(text.contains("note: address sets that nothing uses: admins"), "{text}");
     let text = ok(&d, &["policy", "explain", "b", "tcp 10.0.0.1:40000 > 10.0.0.2:80", "--file", file]);
     assert!(text.ends_with("verdict: allow\n"), "{text}");
@@ -364,5 +392,8 @@ fn the_policy_is_shown_and_checked() {
     std::fs::write(&groups, "[security_group.x]\nrules = [{ direction = \"ingress\", ports = [80] }]\n").unwrap();
     let (code, text) = fails(&d, &["policy", "check", groups.to_str().unwrap()]);
     assert_eq!(code, Some(2));
-    assert!(text.contains("groups.toml:2:43: error: security_group.x.rules[0].ports: protocol any has no ports"), "{text}");
+    assert!(
+        text.contains("groups.toml:2:43: error: security_group.x.rules[0].ports: protocol any has no ports"),
+        "{text}"
+    );
 }
