@@ -165,6 +165,11 @@ impl<K: Kinds> Worker<K> {
         }
     }
 
+    /// Looks at the clock, as [`Self::run`] does now and then.
+    pub fn refresh_clock(&mut self) {
+        self.now_ns = self.clock.now_ns();
+    }
+
     /// One iteration over all queues.
     pub fn step(&mut self) -> Step {
         self.guard.quiescent();

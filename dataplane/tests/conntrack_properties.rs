@@ -235,6 +235,114 @@ proptest! {
     }
 }
 
+/// What follows an IPv4 fragment's last whole eight bytes is not judged, so it is not forwarded either: here it would put a SYN where
+/// an ACK was judged, for a receiver that lets the first fragment's bytes win.
+#[test]
+fn odd_bytes_of_a_fragment_are_cut_off() {
+    let whole = tcp(true, 5, 1, 1, 0x10, 1000, 30);
+    let segment = &whole[34..];
+    let mut odd = segment[..15].to_vec();
+    odd[13] = 2;
+    let pieces = [v4(A4, B4, 6, 0x2000, 3, &odd), v4(A4, B4, 6, 1, 3, &segment[8..])];
+    let mut tracker = Tracker::new(ModelTable::new(10), TrackConfig::default());
+    let j = tracker.track(&Packet::whole(&pieces[0], Toward::Egress, Checksum::Verify), 0);
+    assert!(matches!(j, Judgement::Held), "{j:?}");
+    let j = tracker.track(&Packet::whole(&pieces[1], Toward::Egress, Checksum::Verify), 0);
+    let Judgement::Tracked(t) = j else { panic!("{j:?}") };
+    assert_eq!(t.state, CtState::New);
+    let mut out = Vec::new();
+    tracker.fragments().release(t.datagram.unwrap(), |f| out.push(f.to_vec()));
+    assert_eq!(out, [v4(A4, B4, 6, 0x2000, 3, &segment[..8]), pieces[1].clone()]);
+}
+
+/// RFC 3168, 5.3: fragments that are ECN-capable and ones that are not do not make a datagram.
+#[test]
+fn fragments_of_mixed_ecn_make_no_datagram() {
+    for (first, second, whole) in [(0, 0, true), (1, 1, true), (2, 3, true), (0, 2, false), (3, 0, false)] {
+        let udp = [0, 9, 0, 53, 0, 16, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+        let piece = |ecn: u8, fragment, data: &[u8]| {
+            let mut f = v4(A4, B4, 17, fragment, 3, data);
+            f[15] = ecn;
+            f[24..26].fill(0);
+            let sum = internet_checksum(&f[14..34]);
+            f[24..26].copy_from_slice(&sum.to_be_bytes());
+            f
+        };
+        let mut tracker = Tracker::new(ModelTable::new(10), TrackConfig::default());
+        let one = piece(first, 0x2000, &udp[..8]);
+        let j = tracker.track(&Packet::whole(&one, Toward::Egress, Checksum::Verify), 0);
+        assert!(matches!(j, Judgement::Held), "{j:?}");
+        let two = piece(second, 1, &udp[8..]);
+        let j = tracker.track(&Packet::whole(&two, Toward::Egress, Checksum::Verify), 0);
+        assert_eq!(matches!(j, Judgement::Tracked(_)), whole, "{first} {second}: {j:?}");
+        assert!(whole || tracker.fragments().is_empty());
+    }
+}
+
+/// An ICMPv6 error is related although it quotes no more than the first bytes of an extension header.
+#[test]
+fn errors_may_quote_part_of_an_extension_header() {
+    let frame = |to_vm: bool, proto: u8, payload: &[u8]| {
+        let mut f = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x86, 0xdd, 0x60, 0, 0, 0];
+        f.extend((payload.len() as u16).to_be_bytes());
+        f.extend([proto, 64]);
+        let (src, dst) = if to_vm { ([0xfe; 16], [0xfd; 16]) } else { ([0xfd; 16], [0xfe; 16]) };
+        f.extend(src);
+        f.extend(dst);
+        f.extend(payload);
+        f
+    };
+    let mut tracker = Tracker::new(ModelTable::new(10), TrackConfig::default());
+    // A routing header, and behind it a protocol that nobody looks into.
+    let sent = frame(false, 43, &[253, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4]);
+    assert_eq!(judge(&mut tracker, &sent, Toward::Egress, 0).unwrap().state, CtState::New);
+    for (quoted, state) in [(4, CtState::Related), (2, CtState::Related), (1, CtState::Invalid)] {
+        let mut error = vec![3, 0, 0, 0, 0, 0, 0, 0];
+        error.extend(&sent[14..54 + quoted]);
+        let mut sum = pseudo_v6([0xfe; 16].into(), [0xfd; 16].into(), IpProto::ICMPV6, error.len() as u32);
+        sum.add_bytes(&error);
+        error[2..4].copy_from_slice(&sum.finish().to_be_bytes());
+        let judged = judge(&mut tracker, &frame(true, 58, &error), Toward::Ingress, 0).unwrap();
+        assert_eq!(judged.state, state, "{quoted}");
+    }
+}
+
+/// IPv6: a fragment header of a whole datagram changes nothing, and nothing may hide behind it.
+#[test]
+fn fragment_headers_of_whole_datagrams_hide_nothing() {
+    let frame = |headers: &[u8]| {
+        let mut f = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x86, 0xdd, 0x60, 0, 0, 0];
+        f.extend((headers.len() as u16).to_be_bytes());
+        f.extend([44, 64]);
+        f.extend([0xfd; 16]);
+        f.extend([0xfe; 16]);
+        f.extend(headers);
+        f
+    };
+    let track = |frame: &[u8]| {
+        let mut tracker = Tracker::new(ModelTable::new(10), TrackConfig::default());
+        match tracker.track(&Packet::whole(frame, Toward::Ingress, Checksum::Verify), 0) {
+            Judgement::Tracked(t) => format!("{:?} {:?}", t.state, t.invalid),
+            other => format!("{other:?}"),
+        }
+    };
+    let udp = [0u8, 9, 0, 53, 0, 8, 0, 0];
+    let behind = |headers: &[u8]| track(&frame(&[headers, &udp].concat()));
+    assert_eq!(behind(&[17, 0, 0, 0, 0, 0, 0, 1]), "New None");
+    assert_eq!(behind(&[0, 0, 0, 0, 0, 0, 0, 1, 17, 0, 1, 4, 0, 0, 0, 0]), "New None");
+    // A jumbo payload option in front, once the fragment header is taken away.
+    assert_eq!(behind(&[0, 0, 0, 0, 0, 0, 0, 1, 17, 0, 0xc2, 4, 0, 1, 0, 0]), "Malformed(HopByHop)");
+    // Options longer than the packet, with nothing behind them that could be judged.
+    assert_eq!(behind(&[0, 0, 0, 0, 0, 0, 0, 1, 17, 31, 1, 4, 0, 0, 0, 0]), "Invalid Some(Header)");
+    // A fragment within.
+    assert_eq!(behind(&[44, 0, 0, 0, 0, 0, 0, 1, 17, 0, 0, 8, 0, 0, 0, 2]), "Invalid Some(NoUpperProtocol)");
+    assert_eq!(behind(&[44, 0, 0, 0, 0, 0, 0, 1, 17, 0, 0, 1, 0, 0, 0, 2]), "Invalid Some(NoUpperProtocol)");
+    // Nothing in it; not even a whole fragment header.
+    assert_eq!(track(&frame(&[59, 0, 0, 0, 0, 0, 0, 1])), "Malformed(Fragment)");
+    assert_eq!(track(&frame(&[59, 0, 0, 1, 0, 0, 0, 1])), "Refused(Misfit)");
+    assert_eq!(track(&frame(&[17, 0, 0, 0, 0, 0, 0])), "Malformed(Fragment)");
+}
+
 #[test]
 fn a_refused_connection_leaves_nothing() {
     let mut tracker = Tracker::new(ModelTable::new(10), TrackConfig::default());

@@ -1,10 +1,12 @@
 //! The end-to-end test harness: real QEMU guests, DPDK's testpmd as a second kind of client, network namespaces, and
 //! the switch itself as a child process. Everything that a test starts ends with it, also when it panics or is killed.
 pub mod agent;
+pub mod captures;
 pub mod failure;
 pub mod ferryd;
 pub mod frames;
 pub mod guest;
+pub mod live;
 pub mod netns;
 pub mod paths;
 pub mod process;

@@ -414,6 +414,19 @@ struct UpperFragment {
     announced_at: usize,
 }
 
+/// Extension headers that are looked behind.
+#[inline]
+fn is_walked(proto: IpProto) -> bool {
+    matches!(
+        proto,
+        IpProto::HOP_BY_HOP
+            | IpProto::ROUTING
+            | IpProto::FRAGMENT
+            | IpProto::AUTHENTICATION
+            | IpProto::DESTINATION_OPTIONS
+    )
+}
+
 /// Walks extension headers as Linux does, in any order: hop-by-hop, routing, destination options, authentication, fragment. They must
 /// lie in the head, which bounds the walk.
 #[inline]
@@ -428,20 +441,17 @@ fn walk(
     let mut at = start;
     let mut proto = first;
     let mut announced_at = first_announced_at;
+    let mut after_fragment_header = false;
     loop {
-        let walked = matches!(
-            proto,
-            IpProto::HOP_BY_HOP
-                | IpProto::ROUTING
-                | IpProto::FRAGMENT
-                | IpProto::AUTHENTICATION
-                | IpProto::DESTINATION_OPTIONS
-        );
         if proto == IpProto::NO_NEXT_HEADER {
             return Err(DEEP);
         }
-        if !walked {
+        if !is_walked(proto) {
             return Ok(Upper { proto, at, fragment: None });
+        }
+        let first_fragment_header = proto == IpProto::FRAGMENT && !after_fragment_header;
+        if first_fragment_header && at <= end && at + 8 > end {
+            return Err(Malformed::Fragment.into());
         }
         if at + 2 > end {
             return Err(DEEP);
@@ -457,6 +467,10 @@ fn walk(
                 let (offset, more) = (u32::from(field & 0xfff8), field & 1 != 0);
                 // RFC 6946: offset 0 and nothing following is a whole packet.
                 if offset != 0 || more {
+                    // A fragment of a fragment: nobody honest sends one.
+                    if !first_fragment_header {
+                        return Err(DEEP);
+                    }
                     let identification = u32::from_be_bytes([i0, i1, i2, i3]);
                     let fragment = UpperFragment { identification, offset, more, data_offset: at + 8, announced_at };
                     if offset == 0 {
@@ -464,6 +478,10 @@ fn walk(
                     }
                     return Ok(Upper { proto: IpProto(next), at: at + 8, fragment: Some(fragment) });
                 }
+                if first_fragment_header {
+                    whole_fragment(packet, start, at + 8, end, IpProto(next))?;
+                }
+                after_fragment_header = true;
                 8
             }
             IpProto::AUTHENTICATION => (usize::from(len) + 2) * 4,
@@ -475,6 +493,27 @@ fn walk(
     }
 }
 
+/// A fragment that is the whole datagram (RFC 6946) is judged as if its header, which ends at `at`, were not there.
+#[cold]
+fn whole_fragment(packet: &Packet<'_>, start: usize, at: usize, end: usize, next: IpProto) -> Result<(), Refusal> {
+    if at == end && (is_walked(next) || next == IpProto::NO_NEXT_HEADER) {
+        // Nothing in it.
+        return Err(Malformed::Fragment.into());
+    }
+    if at != start + 8 || next != IpProto::HOP_BY_HOP {
+        return Ok(());
+    }
+    if let Some(&[upper, len]) = chunk::<2>(packet.head, at)
+        && at + (usize::from(len) + 1) * 8 >= end
+        && !is_walked(IpProto(upper))
+        && IpProto(upper) != IpProto::NO_NEXT_HEADER
+    {
+        // No upper header in it: as in Linux it is not put together, and judged as it is.
+        return Ok(());
+    }
+    hop_by_hop(packet, at)
+}
+
 /// RFC 8200, 4.5 and RFC 7112: a first fragment must have all headers. One that has not is never put together.
 #[cold]
 fn first_is_whole(packet: &Packet<'_>, start: usize, end: usize, first: IpProto) -> Result<(), Refusal> {
@@ -482,6 +521,7 @@ fn first_is_whole(packet: &Packet<'_>, start: usize, end: usize, first: IpProto)
     let least = match proto {
         IpProto::TCP => 20,
         IpProto::UDP | IpProto::ICMPV6 => 8,
+        IpProto::NO_NEXT_HEADER => 0,
         _ => 1,
     };
     if at + least > end { Err(BAD_TRANSPORT) } else { Ok(()) }
@@ -821,14 +861,21 @@ fn walk_quoted(packet: &Packet<'_>, start: usize, end: usize, first: IpProto) ->
             | IpProto::FRAGMENT
             | IpProto::AUTHENTICATION
             | IpProto::DESTINATION_OPTIONS => {
-                if at + 8 > end {
+                // No more of the header is needed than its first fields: errors may quote eight bytes and no more (RFC 792).
+                if at + 2 > end {
                     return Err(UNRELATED);
                 }
-                let &[next, len, f0, f1, ..] = header::<8>(packet, at, UNRELATED)?;
+                let &[next, len] = header::<2>(packet, at, UNRELATED)?;
                 let is_fragment = proto == IpProto::FRAGMENT;
                 let is_authentication = proto == IpProto::AUTHENTICATION;
-                if is_fragment && u16::from_be_bytes([f0, f1]) & 0xfff8 != 0 {
-                    return Err(UNRELATED);
+                if is_fragment {
+                    if at + 4 > end {
+                        return Err(UNRELATED);
+                    }
+                    let &[_, _, f0, f1] = header::<4>(packet, at, UNRELATED)?;
+                    if u16::from_be_bytes([f0, f1]) & 0xfff8 != 0 {
+                        return Err(UNRELATED);
+                    }
                 }
                 proto = IpProto(next);
                 if is_fragment {

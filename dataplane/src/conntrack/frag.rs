@@ -17,6 +17,8 @@ use crate::packet::ipv4::Ipv4Mut;
 
 const BLOCK_BYTES: usize = 256;
 const NONE: u32 = u32::MAX;
+/// ECN codepoint "not ECN-capable transport".
+const NOT_ECT: u8 = 0;
 /// Pieces of one datagram: enough for 64 KiB in the smallest IPv4 MTU's (68) common multiples, few enough to insert into a list.
 const MAX_PIECES: usize = 1024;
 /// Longest datagram put together: headers and payload.
@@ -48,7 +50,7 @@ pub enum FragmentRefusal {
     /// Has been received already.
     #[error("fragment repeated")]
     Repeated,
-    /// Empty, beyond the datagram's end or 64 KiB; the whole datagram is forgotten.
+    /// Empty, beyond the datagram's end or 64 KiB, or of another ECN kind; the whole datagram is forgotten.
     #[error("fragment does not fit its datagram")]
     Misfit,
     /// IPv6: not a multiple of 8 bytes although more follow; the whole datagram is forgotten.
@@ -91,6 +93,8 @@ struct Piece {
     end: u32,
     frame_len: u32,
     data_offset: u16,
+    /// IPv4: odd bytes at the end were not judged and must not be forwarded; where the network header begins.
+    cut_behind: Option<u16>,
     first_block: u32,
 }
 
@@ -109,6 +113,8 @@ struct Unfinished {
     len: u32,
     have_last: bool,
     received: u32,
+    /// Which ECN codepoints its fragments have, a bit each.
+    ecn: u8,
     l3_offset: u16,
     announced_at: u16,
     pieces: Vec<Piece>,
@@ -238,10 +244,18 @@ impl FragmentQueue {
         let Some(unfinished) = self.slots.get_mut(slot as usize) else {
             return self.refuse(None, FragmentRefusal::Full);
         };
-        let piece = Piece { offset, end, frame_len: packet.len() as u32, data_offset: f.data_offset, first_block };
+        let piece = Piece {
+            offset,
+            end,
+            frame_len: packet.len() as u32,
+            data_offset: f.data_offset,
+            cut_behind: (end != f.offset + f.data_len).then_some(f.l3_offset),
+            first_block,
+        };
         let at = unfinished.pieces.partition_point(|p| p.offset < offset);
         unfinished.pieces.insert(at, piece);
         unfinished.received += end - offset;
+        unfinished.ecn |= 1 << ecn(f, packet);
         if offset == 0 {
             unfinished.l3_offset = f.l3_offset;
             unfinished.announced_at = f.announced_at;
@@ -252,7 +266,9 @@ impl FragmentQueue {
             return Accepted::Held;
         }
         let headers = unfinished.pieces.first().map_or(0, |p| u32::from(p.data_offset - unfinished.l3_offset));
-        if unfinished.len + headers > MAX_PACKET_BYTES {
+        // RFC 3168, 5.3: a datagram cannot be ECN-capable in part.
+        let mixed = unfinished.ecn & 1 << NOT_ECT != 0 && unfinished.ecn != 1 << NOT_ECT;
+        if mixed || unfinished.len + headers > MAX_PACKET_BYTES {
             return self.refuse(Some(slot), FragmentRefusal::Misfit);
         }
         let id = unfinished.id;
@@ -295,6 +311,7 @@ impl FragmentQueue {
                     len: 0,
                     have_last: false,
                     received: 0,
+                    ecn: 0,
                     l3_offset: 0,
                     announced_at: 0,
                     pieces: Vec::new(),
@@ -310,6 +327,7 @@ impl FragmentQueue {
         u.len = 0;
         u.have_last = false;
         u.received = 0;
+        u.ecn = 0;
         u.in_use = true;
         self.index.insert(id, slot);
         Some(slot)
@@ -431,12 +449,17 @@ impl FragmentQueue {
         &self.scratch
     }
 
-    /// Hands out a complete datagram's fragments, as they came, in the order of their offsets; then forgets them.
+    /// Hands out a complete datagram's fragments, as they came, in the order of their offsets; then forgets them. Only the odd bytes
+    /// at the end of an IPv4 fragment that more follow (RFC 791, 3.1: there are none) are cut off: a receiver that does not do
+    /// so itself would see them where the next fragment's bytes were judged.
     pub fn release(&mut self, datagram: Datagram, mut output: impl FnMut(&[u8])) {
         if let Some(u) = self.slots.get(datagram.0 as usize).filter(|u| u.in_use) {
             for piece in &u.pieces {
                 self.scratch.clear();
                 Self::gather(&mut self.scratch, &self.blocks, &self.next_block, piece, 0, piece.frame_len as usize);
+                if let Some(l3) = piece.cut_behind {
+                    cut(&mut self.scratch, usize::from(l3), piece);
+                }
                 output(&self.scratch);
             }
         }
@@ -467,12 +490,29 @@ impl FragmentQueue {
     }
 }
 
+/// A fragment's ECN codepoint (RFC 3168, 5).
+fn ecn(f: &FragmentFacts, packet: &Packet<'_>) -> u8 {
+    let byte = packet.head.get(usize::from(f.l3_offset) + 1).copied().unwrap_or(NOT_ECT);
+    if f.src.is_ipv4() { byte & 3 } else { byte >> 4 & 3 }
+}
+
+/// Cuts an IPv4 fragment's frame behind the bytes that were judged.
+#[cold]
+fn cut(frame: &mut Vec<u8>, l3: usize, piece: &Piece) {
+    frame.truncate(usize::from(piece.data_offset) + (piece.end - piece.offset) as usize);
+    let total_len = frame.len().saturating_sub(l3) as u16;
+    if let Ok(mut ip) = Ipv4Mut::new(frame.get_mut(l3..).unwrap_or_default()) {
+        ip.set_total_len(total_len);
+        ip.fill_checksum();
+    }
+}
+
 /// Where the fragment belongs, when it can belong to this datagram.
 fn fit(u: &mut Unfinished, f: &FragmentFacts) -> Result<(u32, u32), FragmentRefusal> {
     let mut end = f.offset + f.data_len;
     if f.more {
         if end & 7 != 0 {
-            // RFC 8200, 4.5: an error. RFC 791: the odd bytes cannot be meant.
+            // RFC 8200, 4.5: an error. RFC 791, 3.1: the odd bytes cannot be meant; see `cut`.
             if f.src.is_ipv6() {
                 return Err(FragmentRefusal::Unaligned);
             }

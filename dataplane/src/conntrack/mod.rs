@@ -6,14 +6,15 @@
 //! ```text
 //! Packet -> dissect -> Facts -> Tracker::track: one lookup, then the protocol's rules on a private Connection
 //!                      |                        (tcp, udp, icmp, sctp, generic) -> Judgement
-//!                      `-> fragment -> frag: held until its datagram is complete, judged whole, released unchanged
+//!                      `-> fragment -> frag: held until its datagram is complete, judged whole, then released
 //! ```
 //!
 //! The protocol modules take a private copy of an entry and change it; the table ([`ConnTable`]) stores the result. New
 //! connections are stored only by [`Tracker::confirm`], after the policy has let their first packet through. Entries that exist
 //! are brought up to date before any policy is asked, as in Linux.
 //!
-//! Where this differs from Linux on purpose: fragments and padding are forwarded as they came; frames are judged inside their
+//! Where this differs from Linux on purpose: fragments and padding are forwarded as they came (an IPv4 fragment's odd bytes cut
+//! off, which nobody judged); IPv6 fragments of odd length, and within fragments, are invalid; frames are judged inside their
 //! VLAN tags, each VLAN having connections of its own; a packet belongs to a connection only in the direction it really travels
 //! (an address that is spoofed from the other side does not match); UDP-Lite checksums are computed as RFC 3828 says; IPv6 extension
 //! headers and ICMP's inner headers are looked at as far as a header copy reaches ([`crate::frame::SNAPSHOT_BYTES`]).

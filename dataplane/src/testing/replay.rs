@@ -146,7 +146,8 @@ impl CtLine {
         Self { proto: name, state, flags, orig, timeout_ms: conn.remaining_ms(now_ms) }
     }
 
-    fn to_json(&self) -> Value {
+    /// As the documents have it.
+    pub fn to_json(&self) -> Value {
         let mut line = Map::new();
         line.insert("proto".into(), json!(self.proto));
         line.insert("timeout".into(), json!(self.timeout_ms / 1000));
@@ -221,7 +222,8 @@ pub fn unhex(text: &str) -> Result<Vec<u8>, ReplayError> {
         .ok_or_else(|| format_error("frame is not hexadecimal"))
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Hexadecimal digits in pairs, as [`unhex`] reads them.
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, b| {
         let _ = write!(text, "{b:02x}");
         text
@@ -254,12 +256,19 @@ pub fn replay_scenario(doc: &Value, scenario: &Value) -> Result<Vec<StepResult>,
             "B" => Toward::Ingress,
             other => return Err(format_error(format!("unknown port {other}"))),
         };
-        results.push(run_step(&mut tracker, &frame, toward, now_ms));
+        results.push(run_step(&mut tracker, &frame, toward, now_ms, StdPolicy::allows));
     }
     Ok(results)
 }
 
-fn run_step(tracker: &mut Tracker<ModelTable>, frame: &[u8], toward: Toward, now_ms: u64) -> StepResult {
+/// Runs one frame through `tracker`; `allows` is the policy.
+pub fn run_step(
+    tracker: &mut Tracker<ModelTable>,
+    frame: &[u8],
+    toward: Toward,
+    now_ms: u64,
+    allows: impl Fn(&Tracked) -> bool,
+) -> StepResult {
     let port = if toward == Toward::Egress { "B" } else { "A" };
     let (mut out, mut ct_state, mut rule) = (Vec::new(), None, "none");
     match tracker.track(&Packet::whole(frame, toward, Checksum::Verify), now_ms) {
@@ -273,7 +282,7 @@ fn run_step(tracker: &mut Tracker<ModelTable>, frame: &[u8], toward: Toward, now
                 CtState::Invalid => "inv",
                 CtState::Untracked => "untr",
             });
-            let pass = StdPolicy::allows(&tracked) && tracker.confirm(&tracked, now_ms).is_ok();
+            let pass = allows(&tracked) && tracker.confirm(&tracked, now_ms).is_ok();
             rule = if pass { "accept" } else { "drop" };
             match (tracked.datagram, pass) {
                 (Some(datagram), true) => {

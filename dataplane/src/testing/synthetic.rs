@@ -3,12 +3,22 @@
 #![allow(unsafe_code)] // Its job: lending private buffers to a burst and copying from them.
 use std::cell::UnsafeCell;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use crate::bridge::fdb::Fdb;
 use crate::bridge::vlan::{VlanMode, VlanPolicy};
 use crate::bridge::{BridgeEntry, Forwarding, PortEntry};
 use crate::clock::Clock;
+use crate::conntrack::TrackConfig;
 use crate::counters::{RxLedger, TxLedger};
+use crate::enforce::port::FirewallLedger;
+use crate::enforce::{PortFirewall, PortRules, VmFirewall, VmId, VmOptions};
+use crate::firewall::limits::LimitsConfig;
+use crate::firewall::policy::{PortRange, Protocol};
+use crate::firewall::spoof::SpoofTable;
+use crate::firewall::{
+    AddressBook, CompileOptions, Direction, PolicyDocument, PortPolicy, Rule, SecurityGroup, compile,
+};
 use crate::frame::{BURST, Offload, RxBurst, TxFrame};
 use crate::packet::ethernet::MacAddr;
 use crate::pmd::{Command, IdleTuning, Kinds, PmdCounters, PolledQueue, Sleeper, mailbox};
@@ -83,24 +93,131 @@ impl TxPort for SyntheticTx {
 /// A worker that switches frames of `frame_bytes` between `stations` pairs of stations from one port to another.
 /// Each `step` handles one burst of [`BURST`] frames.
 pub fn l2_worker(frame_bytes: usize, stations: u64) -> Option<Worker<SyntheticKinds>> {
-    let source = |n: u64| 0x0200_0000_0000 | n;
-    let target = |n: u64| 0x0600_0000_0000 | n;
-    let fdb = Arc::new(Fdb::new((stations * 4).try_into().ok()?, 300));
-    for n in 0..stations {
-        fdb.learn(0, MacAddr::from_u64(target(n)), 1, u32::MAX, 0);
-        fdb.learn(0, MacAddr::from_u64(source(n)), 0, u32::MAX, 0);
-    }
     let frames = (0..stations.max(BURST as u64)).map(|n| {
         let n = n % stations;
-        let mut f = Vec::with_capacity(frame_bytes);
-        f.extend(target(n).to_be_bytes().into_iter().skip(2));
-        f.extend(source(n).to_be_bytes().into_iter().skip(2));
-        f.extend([0x88, 0xb5]);
+        let mut f = ethernet(n, [0x88, 0xb5]);
         f.resize(frame_bytes.max(14), 0x5a);
         f
     });
-    let bridge = Arc::new(BridgeEntry { id: 0, fdb, members: vec![0, 1], guarded: false });
-    let port = |id| {
+    worker(frames.collect(), stations, [None, None], Clock::simulated().0)
+}
+
+/// What [`firewall_worker`] does.
+#[derive(Clone, Copy, Debug)]
+pub struct FirewallLoad {
+    /// Bytes per frame, at least 46.
+    pub frame_bytes: usize,
+    /// UDP flows, each a connection.
+    pub connections: u32,
+    /// Rules of the VM besides the one that lets the flows in.
+    pub rules: u32,
+    /// The sending port belongs to a VM, too, so that each frame is judged twice.
+    pub both_ends: bool,
+}
+
+/// A worker whose frames are UDP datagrams of `connections` flows towards a VM, and the clock it goes by (nanoseconds).
+///
+/// The connections are new in the first `connections / 64` steps, and again whenever the clock has moved by more than
+/// [`crate::conntrack::Timeouts::udp_ms`].
+pub fn firewall_worker(load: FirewallLoad) -> Option<(Worker<SyntheticKinds>, Arc<AtomicU64>)> {
+    let frames = (0..load.connections.max(BURST as u32)).map(|n| udp(n % load.connections, load.frame_bytes));
+    let (clock, now_ns) = Clock::simulated();
+    let receiver = port_firewall(0, &load)?;
+    let sender = if load.both_ends { Some(port_firewall(1, &load)?) } else { None };
+    Some((worker(frames.collect(), 1, [sender, Some(receiver)], clock)?, now_ns))
+}
+
+const SOURCE: u64 = 0x0200_0000_0000;
+const TARGET: u64 = 0x0600_0000_0000;
+
+fn ethernet(pair: u64, ethertype: [u8; 2]) -> Vec<u8> {
+    let mac = |mac: u64| mac.to_be_bytes().into_iter().skip(2);
+    mac(TARGET | pair).chain(mac(SOURCE | pair)).chain(ethertype).collect()
+}
+
+/// Flow n: from 10.x.y.z, one port for each 64 k addresses. The UDP checksum is not used, as RFC 768 allows.
+fn udp(n: u32, frame_bytes: usize) -> Vec<u8> {
+    let mut f = ethernet(0, [8, 0]);
+    let ip_len = (frame_bytes.max(46) - 14) as u16;
+    let [_, x, y, z] = n.to_be_bytes();
+    let [a, b] = ip_len.to_be_bytes();
+    let mut ip = vec![0x45, 0, a, b, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, x, y, z, 10, 255, 255, 254];
+    if let Ok(mut header) = crate::packet::ipv4::Ipv4Mut::new(&mut ip) {
+        header.fill_checksum();
+    }
+    f.extend(ip);
+    let [a, b] = (ip_len - 20).to_be_bytes();
+    f.extend([0x13, 0x88, 0, 53, a, b, 0, 0]);
+    f.resize(frame_bytes.max(46), 0x5a);
+    f
+}
+
+fn port_firewall(id: VmId, load: &FirewallLoad) -> Option<PortFirewall> {
+    let options = VmOptions {
+        capacity: load.connections.max(1000),
+        limits: LimitsConfig { max_connections: u32::MAX, ..LimitsConfig::default() },
+        ..VmOptions::named("synthetic")
+    };
+    let vm = VmFirewall::new(id, &options, [7, 11]).ok()?;
+    vm.map().populate_ahead();
+    let rule = |n: u32| {
+        let [_, x, y, z] = n.to_be_bytes();
+        Some(Rule {
+            protocol: Protocol::TCP,
+            ports: vec![PortRange::single(1000 + (n % 60_000) as u16)],
+            remote_cidr: Some(format!("192.{x}.{y}.{z}/32").parse().ok()?),
+            ..Rule::allow(Direction::Ingress)
+        })
+    };
+    let mut rules = (0..load.rules).map(rule).collect::<Option<Vec<_>>>()?;
+    rules.push(Rule {
+        protocol: Protocol::UDP,
+        ports: vec![PortRange::single(53)],
+        remote_cidr: Some("10.0.0.0/8".parse().ok()?),
+        ..Rule::allow(Direction::Ingress)
+    });
+    let mut document = PolicyDocument::default();
+    document.security_groups.insert("group".into(), SecurityGroup { rules, ..SecurityGroup::default() });
+    let mut policy = PortPolicy { security_groups: vec!["group".into()], ..PortPolicy::default() };
+    policy.anti_spoofing.mac = Some(MacAddr::from_u64(if id == 0 { TARGET } else { SOURCE }));
+    policy.anti_spoofing.addresses = vec!["10.0.0.0/8".parse().ok()?];
+    let mut book = AddressBook::new();
+    let compiled =
+        compile(&Arc::new(document), &policy, "synthetic", &mut book, CompileOptions { generation: 0, seed: 3 })
+            .ok()?;
+    Some(PortFirewall {
+        vm: Arc::new(vm),
+        index: 0,
+        rules: Arc::new(PortRules {
+            generation: 1,
+            stateless: compiled.any_stateless(),
+            policy: Arc::new(compiled),
+            sets: Arc::new(book.snapshot(5)),
+            spoof: Arc::new(SpoofTable::new(&policy.anti_spoofing, 3)),
+            track: TrackConfig::default(),
+            reject: policy.reject,
+        }),
+        ledgers: Arc::new(core::array::from_fn(|_| FirewallLedger::default())),
+        rejector: Arc::default(),
+    })
+}
+
+/// Port 0 sends `frames`, port 1 takes them.
+fn worker(
+    frames: Vec<Vec<u8>>,
+    stations: u64,
+    firewalls: [Option<PortFirewall>; 2],
+    clock: Clock,
+) -> Option<Worker<SyntheticKinds>> {
+    let fdb = Arc::new(Fdb::new((stations * 4).try_into().ok()?, 300));
+    for n in 0..stations {
+        fdb.learn(0, MacAddr::from_u64(TARGET | n), 1, u32::MAX, 0);
+        fdb.learn(0, MacAddr::from_u64(SOURCE | n), 0, u32::MAX, 0);
+    }
+    let guarded = firewalls.iter().any(Option::is_some);
+    let vms = firewalls.iter().flatten().map(|f| Arc::clone(&f.vm)).collect();
+    let bridge = Arc::new(BridgeEntry { id: 0, fdb, members: vec![0, 1], guarded });
+    let port = |id, firewall| {
         Some(Arc::new(PortEntry {
             id,
             bridge: Some(Arc::clone(&bridge)),
@@ -108,18 +225,19 @@ pub fn l2_worker(frame_bytes: usize, stations: u64) -> Option<Worker<SyntheticKi
             admin_up: true,
             fdb_limit: u32::MAX,
             max_frame_bytes: 0,
-            firewall: None,
+            firewall,
             tx: SyntheticTx(Arc::new(Sink(UnsafeCell::new(vec![0; BURST * SLOT_BYTES])))),
             tx_ledgers: Arc::new(core::array::from_fn(|_| TxLedger::default())),
         }))
     };
+    let [first, second] = firewalls;
     let forwarding = Forwarding {
-        ports: vec![Some(port(0)?), Some(port(1)?)],
+        ports: vec![Some(port(0, first)?), Some(port(1, second)?)],
         bridges: vec![Some(Arc::clone(&bridge))],
-        vms: Vec::new(),
+        vms,
     };
     let (outbox, inbox) = mailbox(NapSleeper::default().waker());
-    let rx = SyntheticRx { frames: frames.collect(), next: 0 };
+    let rx = SyntheticRx { frames, next: 0 };
     outbox.send(Command::Add(Box::new(PolledQueue { rx, port: 0, queue: 0, ledger: Arc::new(RxLedger::default()) })));
     let domain = Domain::new();
     Some(Worker::new(Parts {
@@ -127,7 +245,7 @@ pub fn l2_worker(frame_bytes: usize, stations: u64) -> Option<Worker<SyntheticKi
         forwarding: Arc::new(Published::new(Box::new(forwarding))),
         inbox,
         injected: Arc::new(RxLedger::default()),
-        clock: Clock::simulated().0,
+        clock,
         idle: Arc::new(IdleTuning::new(0, 0)),
         counters: Arc::new(PmdCounters::default()),
         events: Arc::default(),
