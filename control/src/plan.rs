@@ -109,9 +109,9 @@ pub enum Step {
     /// Changes what the switch keeps of a port; the port itself is not disturbed.
     UpdatePort {
         /// Before.
-        from: PortConfig,
+        from: Box<PortConfig>,
         /// After.
-        to: PortConfig,
+        to: Box<PortConfig>,
     },
     /// Removes a port.
     RemovePort {
@@ -289,7 +289,8 @@ pub fn plan(from: &State, to: &Config, dpdk_started: bool) -> Plan {
     steps.extend(recreated_early.iter().map(|(old, _)| remove(old)));
     steps.extend(added.iter().map(|p| add(p)));
     steps.extend(recreated_early.iter().map(|(_, new)| add(new)));
-    steps.extend(changed.iter().map(|(old, new)| Step::UpdatePort { from: (*old).clone(), to: (*new).clone() }));
+    let boxed = |port: &PortConfig| Box::new(port.clone());
+    steps.extend(changed.iter().map(|(old, new)| Step::UpdatePort { from: boxed(old), to: boxed(new) }));
     for (old, new) in &recreated_late {
         steps.extend([remove(old), add(new)]);
     }
