@@ -9,9 +9,7 @@ use ferry_dataplane::firewall::PolicyDocument;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::config::{
-    self, BridgeConfig, Config, DpdkConfig, FlowLogConfig, MAX_PORTS, PmdSpec, PortConfig, VmSpec,
-};
+use crate::config::{self, BridgeConfig, Config, DpdkConfig, FlowLogConfig, MAX_PORTS, PmdSpec, PortConfig, VmSpec};
 
 /// Lists of named entries in the configuration.
 const LISTS: [&str; 3] = ["vm", "bridge", "port"];
@@ -111,9 +109,9 @@ pub enum Step {
     /// Changes what the switch keeps of a port; the port itself is not disturbed.
     UpdatePort {
         /// Before.
-        from: PortConfig,
+        from: Box<PortConfig>,
         /// After.
-        to: PortConfig,
+        to: Box<PortConfig>,
     },
     /// Removes a port.
     RemovePort {
@@ -291,7 +289,8 @@ pub fn plan(from: &State, to: &Config, dpdk_started: bool) -> Plan {
     steps.extend(recreated_early.iter().map(|(old, _)| remove(old)));
     steps.extend(added.iter().map(|p| add(p)));
     steps.extend(recreated_early.iter().map(|(_, new)| add(new)));
-    steps.extend(changed.iter().map(|(old, new)| Step::UpdatePort { from: (*old).clone(), to: (*new).clone() }));
+    let boxed = |port: &PortConfig| Box::new(port.clone());
+    steps.extend(changed.iter().map(|(old, new)| Step::UpdatePort { from: boxed(old), to: boxed(new) }));
     for (old, new) in &recreated_late {
         steps.extend([remove(old), add(new)]);
     }
@@ -437,7 +436,9 @@ impl fmt::Display for Change {
             Kind::Changed => {
                 let show = |v: &Value| match v {
                     Value::Null => "(unset)".to_owned(),
-                    Value::Array(items) if v.to_string().len() > MAX_SHOWN_BYTES => format!("[{} entries]", items.len()),
+                    Value::Array(items) if v.to_string().len() > MAX_SHOWN_BYTES => {
+                        format!("[{} entries]", items.len())
+                    }
                     v => v.to_string(),
                 };
                 let keys = self.keys.iter().map(|k| format!("{}: {} -> {}", k.key, show(&k.from), show(&k.to)));

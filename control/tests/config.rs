@@ -418,7 +418,8 @@ fn mistakes_in_a_ports_firewall_name_place_and_fix() {
         "ferry.toml:13:1: error: port[0].firewall: port \"vm1\" is a VM of its own, but a VM of this name is configured \
          (first at ferry.toml:5:8)\n  fix: add vm = \"vm1\" to the port if it belongs to that VM, or rename one of them"
     );
-    let limits = FIREWALLED.replacen("socket =", "vm = \"g\"\nsocket =", 1) + "limits = { max_half_open = 5 }\n[[vm]]\nname = \"g\"\n";
+    let limits = FIREWALLED.replacen("socket =", "vm = \"g\"\nsocket =", 1)
+        + "limits = { max_half_open = 5 }\n[[vm]]\nname = \"g\"\n";
     assert!(
         errors(&limits).starts_with("ferry.toml:15:1: error: port[0].firewall.limits: limits are the VM's"),
         "{}",

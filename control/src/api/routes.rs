@@ -94,7 +94,10 @@ pub(super) async fn blocking<T: Send + 'static>(
     })
 }
 
-pub(super) async fn read(State(s): State<AppState>, f: impl FnOnce(&Core) -> Result<Value, ApiError> + Send + 'static) -> Reply {
+pub(super) async fn read(
+    State(s): State<AppState>,
+    f: impl FnOnce(&Core) -> Result<Value, ApiError> + Send + 'static,
+) -> Reply {
     blocking(s.core, |core| f(core)).await.map(Json)
 }
 
@@ -185,7 +188,12 @@ pub(super) fn merge_patch(target: &mut Value, patch: Value) {
     }
 }
 
-pub(super) async fn add(state: AppState, query: ChangeQuery, what: &'static str, body: Body) -> Result<Response, ApiError> {
+pub(super) async fn add(
+    state: AppState,
+    query: ChangeQuery,
+    what: &'static str,
+    body: Body,
+) -> Result<Response, ApiError> {
     let entry = object(body)?;
     change(state.core, query, StatusCode::CREATED, move |tree| {
         let name = entry.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();

@@ -236,11 +236,7 @@ pub fn vms(core: &Core) -> Vec<VmView> {
 pub fn policy(core: &Core) -> PolicyView {
     let config = core.config();
     let port = |p: &PortConfig| {
-        Some(PortPolicyView {
-            port: p.name.clone(),
-            vm: p.vm_name()?.to_owned(),
-            firewall: p.firewall.clone()?,
-        })
+        Some(PortPolicyView { port: p.name.clone(), vm: p.vm_name()?.to_owned(), firewall: p.firewall.clone()? })
     };
     PolicyView {
         security_groups: config.security_group.clone(),

@@ -273,13 +273,14 @@ pub enum PmdCommand {
 /// How packets are described.
 const PACKET_HELP: &str = "\
 A packet in words:
-  tcp|udp|sctp SOURCE:PORT > DESTINATION:PORT    TCP: syn ack fin rst psh urg ece cwr, seq N, ackno N, win N;
-                                                 without flags: syn
-  icmp|icmpv6 SOURCE > DESTINATION               echo-request (default), echo-reply, type N code N, id N, seq N
-  icmpv6 SOURCE > DESTINATION                    neighbour-solicitation, neighbour-advertisement, target ADDRESS
+  tcp SOURCE:PORT > DESTINATION:PORT    syn ack fin rst psh urg ece cwr (none: syn), seq N, ackno N, win N
+  udp|sctp SOURCE:PORT > DESTINATION:PORT
+  icmp|icmpv6 SOURCE > DESTINATION      echo-request (default), echo-reply, type N, code N, id N, seq N
+  icmpv6 SOURCE > DESTINATION           neighbour-solicitation, neighbour-advertisement, target ADDRESS
   gre|esp|ah|proto N SOURCE > DESTINATION
-  arp who-has ADDRESS tell ADDRESS  |  arp ADDRESS is-at MAC
-  hex:...                                        a whole Ethernet frame
+  arp who-has ADDRESS tell ADDRESS
+  arp ADDRESS is-at MAC
+  hex:...                               a whole Ethernet frame
 Anywhere: in (towards the VM) or out, vlan N, smac MAC, dmac MAC, ttl N, len N (bytes of payload).
 IPv6 addresses with a port stand in brackets: udp [fd00::1]:53 > [fd00::2]:5353
 The direction is found by the VM's addresses where it can be, MAC addresses by those of the ports.";

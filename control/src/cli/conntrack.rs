@@ -76,8 +76,7 @@ fn list(client: &Client, vm: Option<&str>, filter: &FilterText, limit: u64, as_j
         let mut cursor = 0;
         while shown < limit {
             let wanted = (limit - shown).min(PAGE);
-            let path =
-                format!("/v1/vms/{}/connections?cursor={cursor}&limit={wanted}{}", escape(&vm), filter.query());
+            let path = format!("/v1/vms/{}/connections?cursor={cursor}&limit={wanted}{}", escape(&vm), filter.query());
             let page: Page = typed(client.get(&path)?)?;
             let mut text = String::new();
             for connection in page.connections {
@@ -138,9 +137,8 @@ fn stats(client: &Client, vm: Option<&str>, as_json: bool) -> Result<String> {
 }
 
 fn table(vms: &[VmView]) -> String {
-    let heads = [
-        "VM", "PORTS", "CONNECTIONS", "HALF-OPEN", "CAPACITY", "USED", "NEW", "DENIED", "INVALID", "MEMORY", "FROM",
-    ];
+    let heads =
+        ["VM", "PORTS", "CONNECTIONS", "HALF-OPEN", "CAPACITY", "USED", "NEW", "DENIED", "INVALID", "MEMORY", "FROM"];
     let mut t = Table::new(&heads);
     for v in vms {
         let s = &v.stats;

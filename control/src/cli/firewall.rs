@@ -133,7 +133,7 @@ mod tests {
         let d = Drops { drops: vec![line], lost_reports: 3 };
         assert_eq!(
             text(&d, 60_000),
-            "AGO   COUNT  VM    PORT  DIRECTION  WHY     PACKET                      RULE\n\
+            " AGO  COUNT  VM    PORT  DIRECTION  WHY     PACKET                      RULE\n\
              1.2s     17  web1  web1  ingress    policy  tcp 10.0.0.1 > 10.0.0.2:23  -\n\
              3 report(s) were lost: they came faster than they could be kept\n"
         );

@@ -121,7 +121,8 @@ fn group_text(name: &str, group: &SecurityGroup, view: &PolicyView) -> String {
         .map(|p| {
             let spoof = &p.firewall.anti_spoofing;
             let pairs = spoof.allowed_address_pairs.iter().map(|p| p.address);
-            let all: Vec<String> = spoof.addresses.iter().copied().chain(pairs).map(|a| plain(&a.to_string())).collect();
+            let all: Vec<String> =
+                spoof.addresses.iter().copied().chain(pairs).map(|a| plain(&a.to_string())).collect();
             format!("{} ({})", p.port, if all.is_empty() { "no address".to_owned() } else { all.join(", ") })
         })
         .collect();
@@ -156,7 +157,8 @@ fn port_text(p: &PortPolicyView, view: &PolicyView) -> String {
         (f.builtin.dhcp_client, "DHCP client"),
     ];
     let services: Vec<&str> = services.into_iter().filter(|(on, _)| *on).map(|(_, name)| name).collect();
-    let _ = writeln!(out, "  built in: {}", if services.is_empty() { "nothing".to_owned() } else { services.join(", ") });
+    let _ =
+        writeln!(out, "  built in: {}", if services.is_empty() { "nothing".to_owned() } else { services.join(", ") });
     for name in &f.security_groups {
         if let Some(g) = view.security_groups.get(name) {
             let _ = writeln!(out, "security group {name}{}:", described(&g.description));
@@ -212,7 +214,8 @@ fn compile_all(config: &Config) -> std::result::Result<BTreeMap<String, usize>, 
     let mut out = BTreeMap::new();
     for port in &config.port {
         let Some(firewall) = &port.firewall else { continue };
-        let compiled = explain::compiled(config, firewall, &mut book).map_err(|e| format!("port {}: {e}", port.name))?;
+        let compiled =
+            explain::compiled(config, firewall, &mut book).map_err(|e| format!("port {}: {e}", port.name))?;
         out.insert(port.name.clone(), compiled.rule_count());
     }
     Ok(out)
@@ -222,7 +225,8 @@ fn unused(config: &Config) -> BTreeMap<&'static str, Vec<&str>> {
     let rules = || config.security_group.values().flat_map(|g| &g.rules);
     let firewalls = || config.port.iter().filter_map(|p| p.firewall.as_ref());
     let group = |name: &&String| {
-        !firewalls().any(|f| f.security_groups.contains(name)) && !rules().any(|r| r.remote_group.as_ref() == Some(*name))
+        !firewalls().any(|f| f.security_groups.contains(name))
+            && !rules().any(|r| r.remote_group.as_ref() == Some(*name))
     };
     let set = |name: &&String| !rules().any(|r| r.remote_address_set.as_ref() == Some(*name));
     let vm = |name: &&str| config.ports_of(name).next().is_none();
@@ -235,9 +239,7 @@ fn unused(config: &Config) -> BTreeMap<&'static str, Vec<&str>> {
 
 /// Checks a description before anybody is asked.
 pub(super) fn check_packet(packet: &str) -> Result<()> {
-    packet_text::parse(packet)
-        .map(|_| ())
-        .map_err(|e| CliError::Usage { message: e.to_string(), hint: e.fix })
+    packet_text::parse(packet).map(|_| ()).map_err(|e| CliError::Usage { message: e.to_string(), hint: e.fix })
 }
 
 /// `ferry policy explain`

@@ -12,8 +12,8 @@ use serde_json::{Map, Value, json};
 
 use super::args::*;
 use super::client::{CliError, Client};
-use super::{conntrack, firewall, policy};
 use super::table::{Table, colours, state};
+use super::{conntrack, firewall, policy};
 use crate::api::views::{BridgeView, Origin, PmdView, PortView, Status};
 use crate::config::{self, Config, PortKind, VlanConfig, VlanItem, VlanKind, VlanKind as V, schema};
 use crate::core::Outcome;
@@ -164,8 +164,7 @@ fn status(s: &Status) -> String {
         s.ports.values().sum::<usize>()
     );
     let held = if s.held > 0 { format!("{} fragments held, ", s.held) } else { String::new() };
-    let _ =
-        writeln!(out, "frames: {} received, {} forwarded, {held}{} dropped", s.received, s.forwarded, s.dropped);
+    let _ = writeln!(out, "frames: {} received, {} forwarded, {held}{} dropped", s.received, s.forwarded, s.dropped);
     let _ =
         writeln!(out, "log level: {}; DPDK: {}", s.log_level, if s.dpdk_started { "running" } else { "not started" });
     if !s.damage.is_empty() {

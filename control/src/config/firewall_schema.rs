@@ -33,12 +33,7 @@ pub static VM: Section = plain(
             "1000000",
             "Connections its table holds. When that changes, they move to a table of the new size while traffic goes on.",
         ),
-        opt(
-            "flow_log",
-            Kind::Bool,
-            "true",
-            "Its new and denied connections go to the flow log, when that is enabled.",
-        ),
+        opt("flow_log", Kind::Bool, "true", "Its new and denied connections go to the flow log, when that is enabled."),
         opt("limits", Kind::Table(&LIMITS), "", "How many connections it may have. Can be changed at any time."),
         opt(
             "tracking",
@@ -53,13 +48,13 @@ pub static VM: Section = plain(
 pub static LIMITS: Section = plain(
     "Limits of one VM's connections. 0 means no limit. What is refused is counted by limit.",
     &[
-        opt("max_connections", Kind::Int(1, u32::MAX as i64), "1000000", "Connections of all kinds; 0 is not possible."),
         opt(
-            "max_half_open",
-            COUNT,
-            "0",
-            "Connections that only one side has been heard of (TCP: not established).",
+            "max_connections",
+            Kind::Int(1, u32::MAX as i64),
+            "1000000",
+            "Connections of all kinds; 0 is not possible.",
         ),
+        opt("max_half_open", COUNT, "0", "Connections that only one side has been heard of (TCP: not established)."),
         opt("new_per_second", RATE, "0", "New connections per second, on average."),
         opt("burst", COUNT, "0", "New connections at once; 0: as many as `new_per_second`."),
         opt("per_source", Kind::Table(&PER_SOURCE), "", "The same for each source address of the VM's connections."),
@@ -182,12 +177,7 @@ pub static SECURITY_GROUP: Section = plain(
 static RULE: Section = plain(
     "A rule. What is not stated matches everything.",
     &[
-        opt(
-            "name",
-            Kind::Text(Text::Line(MAX_NAME_BYTES)),
-            "",
-            "Name for logs and explanations; need not be unique.",
-        ),
+        opt("name", Kind::Text(Text::Line(MAX_NAME_BYTES)), "", "Name for logs and explanations; need not be unique."),
         req(
             "direction",
             Kind::Text(Text::OneOf(&["ingress", "egress"])),
@@ -276,7 +266,12 @@ pub static FIREWALL: Section = plain(
         opt("default_ingress", ACTION, "\"drop\"", "Verdict on connections towards the VM that no rule matches."),
         opt("default_egress", ACTION, "\"allow\"", "Verdict on connections from the VM that no rule matches."),
         opt("log_default", Kind::Bool, "false", "Denials by default go to the flow log."),
-        opt("builtin", Kind::Table(&BUILTIN), "", "Built-in rules, so that a VM under default deny has an address and neighbours."),
+        opt(
+            "builtin",
+            Kind::Table(&BUILTIN),
+            "",
+            "Built-in rules, so that a VM under default deny has an address and neighbours.",
+        ),
         opt(
             "allowed_ethertypes",
             Kind::List(&Kind::Int(0x0600, 0xffff), MAX_ETHERTYPES),

@@ -5,8 +5,8 @@ use ferry_dataplane::firewall::policy::{MAX_ADDRESS_SETS, MAX_GROUPS, PortRange,
 use ferry_dataplane::packet::MacAddr;
 use serde_json::{Map, Value};
 
-use super::model::{self, MAX_BRIDGES, MAX_NAME_CHARS, MAX_PMDS, MAX_PORTS};
 use super::firewall_schema::{ADDRESS_SET, FLOW_LOG, PORT_FIREWALL, PORT_VM, SECURITY_GROUP, VM};
+use super::model::{self, MAX_BRIDGES, MAX_NAME_CHARS, MAX_PMDS, MAX_PORTS};
 use super::problem::Problem;
 
 /// What a value must look like.
@@ -629,9 +629,10 @@ fn check_text(text: &Text, s: &str) -> Option<(String, String)> {
             let bad = !s.starts_with('/') || s.ends_with('/') || s.len() > 4095 || s.contains(char::is_control);
             bad.then(|| (format!("{shown} is not the absolute path of a file"), "start it with '/'".to_owned()))
         }
-        Text::Mac => s.parse::<MacAddr>().is_err().then(|| {
-            (format!("{shown} is not a MAC address"), "write it as \"52:54:00:12:34:56\"".to_owned())
-        }),
+        Text::Mac => s
+            .parse::<MacAddr>()
+            .is_err()
+            .then(|| (format!("{shown} is not a MAC address"), "write it as \"52:54:00:12:34:56\"".to_owned())),
         Text::Cidr => s.parse::<Cidr>().err().map(|e| {
             let fix = "write an address or a prefix, such as \"192.0.2.7\", \"192.0.2.0/24\" or \"2001:db8::/32\"";
             (e.to_string(), fix.to_owned())

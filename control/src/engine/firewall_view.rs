@@ -44,9 +44,9 @@ pub(super) fn page(
 }
 
 /// A VM's state. `ports`: the counters of its ports.
-pub(super) fn vm_stats<'a>(status: &VmStatus, ports: impl Iterator<Item = &'a PortFirewallStats>) -> VmStats {
+pub(super) fn vm_stats(status: &VmStatus, ports: &[PortFirewallStats]) -> VmStats {
     let (mut denied, mut invalid) = (BTreeMap::new(), BTreeMap::new());
-    for (reason, count) in ports.flat_map(|p| p.ingress.denied.iter().chain(&p.egress.denied)) {
+    for (reason, count) in ports.iter().flat_map(|p| p.ingress.denied.iter().chain(&p.egress.denied)) {
         let list = if reason.starts_with("ct_") && *reason != "ct_table_full" { &mut invalid } else { &mut denied };
         *list.entry((*reason).to_owned()).or_default() += count;
     }

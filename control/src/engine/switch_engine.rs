@@ -308,8 +308,10 @@ impl<O: Opener> Engine for SwitchEngine<O> {
     fn vm_stats(&self, vm: &str) -> Result<VmStats, EngineError> {
         let gone = || EngineError::new(format!("there is no VM {vm}"), "");
         let status = self.switch.vm_status(self.vm(vm)?).ok_or_else(gone)?;
-        let stats = self.switch.firewall_stats();
-        Ok(firewall_view::vm_stats(&status, stats.values().filter(|s| s.vm == vm)))
+        let ports = self.ports.values().filter(|p| p.vm.as_deref() == Some(vm));
+        // Of this VM's ports alone: adding up the counters of all would cost too much for each VM.
+        let stats: Vec<_> = ports.filter_map(|p| Some(self.switch.port_firewall(p.id)?.stats())).collect();
+        Ok(firewall_view::vm_stats(&status, &stats))
     }
 
     fn firewall_stats(&self) -> BTreeMap<String, FirewallStats> {

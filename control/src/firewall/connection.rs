@@ -262,31 +262,23 @@ pub(crate) mod tests {
                 "out tcp 10.0.0.2:22 > 10.0.0.1:40000 syn ack seq 500 ackno 101",
                 "in tcp 10.0.0.1:40000 > 10.0.0.2:22 ack seq 101 ackno 501",
             ]),
-            [
-                "tcp      6 432000 ESTABLISHED src=10.0.0.1 dst=10.0.0.2 sport=40000 dport=22 packets=2 bytes=80 \
-                 src=10.0.0.2 dst=10.0.0.1 sport=22 dport=40000 packets=1 bytes=40 [ASSURED] mark=0 use=1 vm=web1"
-            ]
+            ["tcp      6 432000 ESTABLISHED src=10.0.0.1 dst=10.0.0.2 sport=40000 dport=22 packets=2 bytes=80 \
+                 src=10.0.0.2 dst=10.0.0.1 sport=22 dport=40000 packets=1 bytes=40 [ASSURED] mark=0 use=1 vm=web1"]
         );
         assert_eq!(
             lines(&["out udp [fd00::2]:53 > [fd00::1]:5353 vlan 5"]),
-            [
-                "udp      17 30 src=fd00::2 dst=fd00::1 sport=53 dport=5353 packets=1 bytes=48 [UNREPLIED] \
-                 src=fd00::1 dst=fd00::2 sport=5353 dport=53 packets=0 bytes=0 mark=0 zone=5 use=1 vm=web1"
-            ]
+            ["udp      17 30 src=fd00::2 dst=fd00::1 sport=53 dport=5353 packets=1 bytes=48 [UNREPLIED] \
+                 src=fd00::1 dst=fd00::2 sport=5353 dport=53 packets=0 bytes=0 mark=0 zone=5 use=1 vm=web1"]
         );
         assert_eq!(
             lines(&["out icmp 10.0.0.2 > 10.0.0.1 echo-request id 7", "in icmp 10.0.0.1 > 10.0.0.2 echo-reply id 7"]),
-            [
-                "icmp     1 30 src=10.0.0.2 dst=10.0.0.1 type=8 code=0 id=7 packets=1 bytes=28 \
-                 src=10.0.0.1 dst=10.0.0.2 type=0 code=0 id=7 packets=1 bytes=28 mark=0 use=1 vm=web1"
-            ]
+            ["icmp     1 30 src=10.0.0.2 dst=10.0.0.1 type=8 code=0 id=7 packets=1 bytes=28 \
+                 src=10.0.0.1 dst=10.0.0.2 type=0 code=0 id=7 packets=1 bytes=28 mark=0 use=1 vm=web1"]
         );
         assert_eq!(
             lines(&["in proto 99 10.0.0.1 > 10.0.0.2"]),
-            [
-                "unknown  99 600 src=10.0.0.1 dst=10.0.0.2 packets=1 bytes=28 [UNREPLIED] \
-                 src=10.0.0.2 dst=10.0.0.1 packets=0 bytes=0 mark=0 use=1 vm=web1"
-            ]
+            ["unknown  99 600 src=10.0.0.1 dst=10.0.0.2 packets=1 bytes=28 [UNREPLIED] \
+                 src=10.0.0.2 dst=10.0.0.1 packets=0 bytes=0 mark=0 use=1 vm=web1"]
         );
     }
 

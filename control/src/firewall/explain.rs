@@ -62,9 +62,7 @@ pub fn port_of<'a>(config: &Config, ports: &[&'a str], packet: &Described) -> Op
     let own = FlowKey::of(frame, &headers, opposite).map(|key| key.remote);
     let has = |p: &PortConfig| {
         let mut list = p.firewall.iter().flat_map(addresses);
-        list.any(|(cidr, mac)| {
-            own.is_some_and(|a| cidr.contains(a)) || mac.is_some_and(|m| m.octets() == own_mac)
-        })
+        list.any(|(cidr, mac)| own.is_some_and(|a| cidr.contains(a)) || mac.is_some_and(|m| m.octets() == own_mac))
     };
     ports.iter().copied().find(|name| config.port(name).is_some_and(has))
 }

@@ -147,7 +147,12 @@ impl FilterText {
         };
         let zone: Option<u16> = read("zone", &self.zone, "is not a VLAN", "give a number from 0 to 4094")?;
         Ok(Filter {
-            proto: read("proto", &self.proto, "is not a protocol", "use tcp, udp, icmp, icmpv6, sctp, gre ... or a number")?,
+            proto: read(
+                "proto",
+                &self.proto,
+                "is not a protocol",
+                "use tcp, udp, icmp, icmpv6, sctp, gre ... or a number",
+            )?,
             src: read("src", &self.src, "is not an address or prefix", address)?,
             dst: read("dst", &self.dst, "is not an address or prefix", address)?,
             sport: read("sport", &self.sport, "is not a port or range of ports", port)?,
@@ -283,7 +288,8 @@ mod tests {
 
     #[test]
     fn queries_are_escaped() {
-        let text = FilterText { src: Some("2001:db8::/32".into()), proto: Some("a b&c".into()), ..FilterText::default() };
+        let text =
+            FilterText { src: Some("2001:db8::/32".into()), proto: Some("a b&c".into()), ..FilterText::default() };
         assert_eq!(text.query(), "&proto=a%20b%26c&src=2001%3Adb8%3A%3A%2F32");
     }
 }

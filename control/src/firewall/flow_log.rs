@@ -102,8 +102,7 @@ impl FlowLog {
         }
         let seconds = now.saturating_duration_since(self.refilled).as_secs_f64();
         self.refilled = now;
-        self.tokens =
-            (self.tokens + seconds * f64::from(self.config.per_second)).min(f64::from(self.config.burst));
+        self.tokens = (self.tokens + seconds * f64::from(self.config.per_second)).min(f64::from(self.config.burst));
         if self.tokens < 1.0 {
             self.held_back += 1;
             self.lost += 1;
@@ -295,7 +294,10 @@ mod tests {
                    "dst": "10.0.0.2", "sport": 40000, "dport": 23, "vlan": 7})
         );
         assert_eq!((&lines[1]["event"], &lines[2]["lines"]), (&json!("new"), &json!(5)));
-        assert!(text.starts_with(r#"{"time":"2026-11-21T15:33:44.123Z","event":"denied","vm":"web1","port""#), "{text}");
+        assert!(
+            text.starts_with(r#"{"time":"2026-11-21T15:33:44.123Z","event":"denied","vm":"web1","port""#),
+            "{text}"
+        );
         assert_eq!(
             in_words(&line(&record("denied"))),
             "event=denied vm=web1 port=web1 direction=ingress reason=policy_denied \

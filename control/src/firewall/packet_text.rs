@@ -367,7 +367,9 @@ fn raw(words: &Words<'_>, word: Word<'_>, hex: &str) -> Result<Vec<u8>> {
 
 fn arp(words: &mut Words<'_>) -> Result<Body> {
     let fix = "write arp who-has 10.0.0.2 tell 10.0.0.1, or arp 10.0.0.1 is-at 52:54:00:12:34:56";
-    let Some(word) = words.peek() else { return Err(words.need("what ARP says", fix).err().unwrap_or_else(|| nothing(words))) };
+    let Some(word) = words.peek() else {
+        return Err(words.need("what ARP says", fix).err().unwrap_or_else(|| nothing(words)));
+    };
     if word.text == "who-has" {
         words.next += 1;
         let target = words.ipv4()?;
@@ -787,12 +789,7 @@ mod tests {
                 1,
                 Some(L4Key::Icmp { kind: 8, code: 0 }),
             ),
-            (
-                "icmp fd00::2 > fd00::1 echo-reply",
-                Direction::Egress,
-                58,
-                Some(L4Key::Icmp { kind: 129, code: 0 }),
-            ),
+            ("icmp fd00::2 > fd00::1 echo-reply", Direction::Egress, 58, Some(L4Key::Icmp { kind: 129, code: 0 })),
             (
                 "icmpv6 fd00::2 > ff02::1:ff00:1 neighbour-solicitation target fd00::1",
                 Direction::Egress,
@@ -863,7 +860,11 @@ mod tests {
             ("icmp 10.0.0.1 > 10.0.0.2 type 300", "300", "\"300\" is not a number for the ICMP type"),
             ("icmpv6 10.0.0.1 > 10.0.0.2", "icmpv6", "ICMPv6 does not occur over IPv4"),
             ("in out tcp 10.0.0.1:1 > 10.0.0.2:7", "out", "it cannot go both ways"),
-            ("tcp 1.2.3.4:1 > 1.2.3.5:7", "tcp 1.2.3.4:1 > 1.2.3.5:7", "none of the addresses is the VM's, so that its direction is not known"),
+            (
+                "tcp 1.2.3.4:1 > 1.2.3.5:7",
+                "tcp 1.2.3.4:1 > 1.2.3.5:7",
+                "none of the addresses is the VM's, so that its direction is not known",
+            ),
             ("tcp 10.0.0.1:1 > 10.0.0.2:7 vlan 4095", "4095", "\"4095\" is not a number for the VLAN"),
             ("hex:0", "hex:0", "these are not bytes in hexadecimal"),
             ("hex:00", "hex:00", "a frame of 1 bytes is not possible"),

@@ -75,9 +75,8 @@ impl FirewallSnapshot {
             "Connections that ended, by how: finished, expired, evicted ...",
             by("how", |v| &v.removed),
         )?;
-        let fragments = || {
-            self.vms().flat_map(|(l, v)| v.fragments.iter().map(move |(k, n)| (with(l.clone(), "what", k), *n)))
-        };
+        let fragments =
+            || self.vms().flat_map(|(l, v)| v.fragments.iter().map(move |(k, n)| (with(l.clone(), "what", k), *n)));
         let held = "bytes_held";
         let is_held = move |l: &Labels| l.iter().any(|(_, v)| v == held);
         counters(
@@ -96,15 +95,13 @@ impl FirewallSnapshot {
             e,
             "ferry_port_firewall_packets",
             "Packets that the port's firewall judged, by connection state",
-            self.directions()
-                .flat_map(|(l, d)| d.packets.iter().map(move |(k, n)| (with(l.clone(), "state", k), *n))),
+            self.directions().flat_map(|(l, d)| d.packets.iter().map(move |(k, n)| (with(l.clone(), "state", k), *n))),
         )?;
         counters(
             e,
             "ferry_port_firewall_denied_packets",
             "Packets that the port's firewall dropped, by reason (spoof_...: anti-spoofing)",
-            self.directions()
-                .flat_map(|(l, d)| d.denied.iter().map(move |(k, n)| (with(l.clone(), "reason", k), *n))),
+            self.directions().flat_map(|(l, d)| d.denied.iter().map(move |(k, n)| (with(l.clone(), "reason", k), *n))),
         )?;
         counters(
             e,
