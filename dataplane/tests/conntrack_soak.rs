@@ -227,7 +227,7 @@ fn nothing_is_lost_or_doubled() {
                     start.wait();
                     let mut steps = 0u64;
                     while !stop.load(Ordering::Relaxed) {
-                        if steps % 4 == 0 {
+                        if steps.is_multiple_of(4) {
                             worker.step_shared()
                         } else {
                             worker.step_own()
@@ -241,10 +241,10 @@ fn nothing_is_lost_or_doubled() {
         start.wait();
         // A million are in; the control side does its work meanwhile.
         let until = Instant::now() + size.run;
-        let (mut cursor, mut walk, mut round) = (Cursor::default(), Cursor::default(), 0);
+        let (mut cursor, mut walk, mut round) = (Cursor::default(), Cursor::default(), 0u32);
         let mut follower = Follower::default();
         while Instant::now() < until {
-            map.set_tracking(round % 2 == 0);
+            map.set_tracking(round.is_multiple_of(2));
             for _ in 0..50 {
                 map.populate_ahead();
                 map.sweep(0, 1000, &limit);

@@ -76,7 +76,7 @@ impl Keys {
 }
 
 /// One key after the other, as without batches.
-#[divan::bench(args = CONNECTIONS)]
+#[divan::bench(args = CONNECTIONS, sample_count = 40, sample_size = 500)]
 fn lookup(bencher: Bencher<'_, '_>, connections: u32) {
     let (map, mut keys) = (filled(connections), Keys::new(connections));
     let mut handle = map.handle(&(), 0);
@@ -104,7 +104,7 @@ fn burst(handle: &mut ConnHandle<'_>, keys: &[Key; BURST], mut each: impl FnMut(
     }
 }
 
-#[divan::bench(args = CONNECTIONS)]
+#[divan::bench(args = CONNECTIONS, sample_count = 40, sample_size = 500)]
 fn lookup_burst(bencher: Bencher<'_, '_>, connections: u32) {
     let (map, mut keys) = (filled(connections), Keys::new(connections));
     let mut handle = map.handle(&(), 0);
@@ -129,7 +129,7 @@ enum Tracking {
     (Tracking::Off, 1), (Tracking::OnBookkeeping, 1), (Tracking::OnSemantic, 1),
     (Tracking::Off, 10_000), (Tracking::OnBookkeeping, 10_000), (Tracking::OnSemantic, 10_000),
     (Tracking::Off, 1_000_000), (Tracking::OnBookkeeping, 1_000_000), (Tracking::OnSemantic, 1_000_000),
-])]
+], sample_count = 40, sample_size = 500)]
 fn lookup_and_update_burst(bencher: Bencher<'_, '_>, (tracking, connections): (Tracking, u32)) {
     let (map, mut keys) = (filled(connections), Keys::new(connections));
     map.set_tracking(!matches!(tracking, Tracking::Off));
@@ -142,7 +142,7 @@ fn lookup_and_update_burst(bencher: Bencher<'_, '_>, (tracking, connections): (T
             black_box(handle.update(&connection, change));
         });
         bursts += 1;
-        if matches!(tracking, Tracking::OnSemantic) && bursts % 64 == 0 {
+        if matches!(tracking, Tracking::OnSemantic) && bursts.is_multiple_of(64) {
             map.collect_dirty(&mut cursor, 4096, &mut |dirt| {
                 black_box(dirt);
             });
@@ -151,7 +151,7 @@ fn lookup_and_update_burst(bencher: Bencher<'_, '_>, (tracking, connections): (T
 }
 
 /// Removes the oldest and stores a new one, in a table that is always this full.
-#[divan::bench(args = [(Tracking::Off, 1), (Tracking::Off, 10_000), (Tracking::Off, 1_000_000), (Tracking::OnSemantic, 1_000_000)])]
+#[divan::bench(args = [(Tracking::Off, 1), (Tracking::Off, 10_000), (Tracking::Off, 1_000_000), (Tracking::OnSemantic, 1_000_000)], sample_count = 40, sample_size = 500)]
 fn remove_and_insert(bencher: Bencher<'_, '_>, (tracking, connections): (Tracking, u32)) {
     let map = filled(connections);
     map.set_tracking(matches!(tracking, Tracking::OnSemantic));
@@ -194,7 +194,7 @@ fn insert(bencher: Bencher<'_, '_>, connections: u32) {
 }
 
 /// Expiry in steps of 256 slots, none of which has expired.
-#[divan::bench(args = [10_000, 1_000_000])]
+#[divan::bench(args = [10_000, 1_000_000], sample_count = 40, sample_size = 500)]
 fn sweep_slot(bencher: Bencher<'_, '_>, connections: u32) {
     let map = filled(connections);
     bencher.counter(ItemsCount::new(256u32)).bench_local(|| black_box(map.sweep(NOW_MS, 256, &())));
@@ -204,7 +204,7 @@ fn sweep_slot(bencher: Bencher<'_, '_>, connections: u32) {
 mod peers {
     use super::*;
 
-    #[divan::bench(args = CONNECTIONS)]
+    #[divan::bench(args = CONNECTIONS, sample_count = 40, sample_size = 500)]
     fn mutex_hashbrown_lookup_and_update(bencher: Bencher<'_, '_>, connections: u32) {
         let map: HashMap<Key, Connection, RandomState> = (0..connections).map(|n| (sample(n).key, sample(n))).collect();
         let (map, mut keys) = (Mutex::new(map), Keys::new(connections));
@@ -218,7 +218,7 @@ mod peers {
         });
     }
 
-    #[divan::bench(args = CONNECTIONS)]
+    #[divan::bench(args = CONNECTIONS, sample_count = 40, sample_size = 500)]
     fn dashmap_lookup_and_update(bencher: Bencher<'_, '_>, connections: u32) {
         let map: DashMap<Key, Connection> = (0..connections).map(|n| (sample(n).key, sample(n))).collect();
         let mut keys = Keys::new(connections);

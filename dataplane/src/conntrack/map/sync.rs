@@ -2,8 +2,10 @@
 #[cfg(not(loom))]
 pub(super) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
+#[cfg(all(loom, test))]
+pub(super) use checked::EVERY_ACCESS;
 #[cfg(loom)]
-pub(super) use checked::{AtomicBool, AtomicU32, AtomicU64, EVERY_ACCESS};
+pub(super) use checked::{AtomicBool, AtomicU32, AtomicU64};
 #[cfg(loom)]
 pub(super) use loom::sync::atomic::{Ordering, fence};
 
