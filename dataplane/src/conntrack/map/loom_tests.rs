@@ -70,13 +70,18 @@ type Role = fn(&Shared) -> u32;
 
 /// Checks all executions in which threads do `roles` at the same time, and then `after` with what they returned.
 ///
-/// Twice: with weak memory, and with every interleaving of up to two preemptions (with three threads one; see [`EVERY_ACCESS`]). What the checker tries
+/// Twice: with weak memory, and with every interleaving (see [`EVERY_ACCESS`]), each with up to so many preemptions. What the checker tries
 /// in the first depends on who goes first, so every role has its turn on the main thread, which does.
-fn race<const N: usize>(preemptions: usize, setup: fn() -> Shared, roles: [Role; N], after: fn(&Shared, [u32; N])) {
+fn race<const N: usize>(
+    preemptions: [usize; 2],
+    setup: fn() -> Shared,
+    roles: [Role; N],
+    after: fn(&Shared, [u32; N]),
+) {
     for (first, every_access) in (0..N).map(|n| (n, false)).chain([(0, true)]) {
         EVERY_ACCESS.set(every_access);
         let mut builder = loom::model::Builder::new();
-        builder.preemption_bound = Some(if every_access { preemptions.min(4 - N) } else { preemptions });
+        builder.preemption_bound = Some(preemptions[usize::from(every_access)]);
         let executions = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
         let counter = std::sync::Arc::clone(&executions);
         builder.check(move || {
@@ -155,7 +160,7 @@ fn done(stored: Stored) -> u32 {
 #[test]
 fn loom_two_insertions_of_one_key_are_one() {
     race(
-        4,
+        [4, 2],
         || Shared::new(3, false),
         [|s| s.inserts(&marked(1, 1), 0, 0), |s| s.inserts(&marked(1, 2), 0, 1)],
         |s, won| {
@@ -170,7 +175,7 @@ fn loom_two_insertions_of_one_key_are_one() {
 #[test]
 fn loom_three_insertions_of_one_key_are_one() {
     race(
-        1,
+        [1, 1],
         || Shared::new(3, false),
         [|s| s.inserts(&marked(1, 1), 0, 0), |s| s.inserts(&marked(1, 2), 0, 1), |s| s.inserts(&marked(1, 3), 0, 2)],
         |s, won| {
@@ -189,7 +194,7 @@ fn loom_insertions_over_an_expired_entry() {
         c
     }
     race(
-        2,
+        [1, 1],
         || Shared::new(3, true),
         [|s| s.inserts(&fresh(2), LATE_MS, 0), |s| s.inserts(&fresh(3), LATE_MS, 1)],
         |s, won| {
@@ -202,11 +207,42 @@ fn loom_insertions_over_an_expired_entry() {
     );
 }
 
+/// As two insertions, but at places in different buckets: only the fence between entering and looking makes one see the other.
+#[test]
+fn loom_two_insertions_that_see_different_room() {
+    /// Another key with the first sample's first bucket.
+    fn neighbour(map: &ConnMap) -> u32 {
+        let first = |n| map.index.places(map.hash(&sample(n).key)).buckets[0];
+        (2..100).find(|&n| first(n) == first(1)).expect("half of them")
+    }
+    race(
+        [3, 1],
+        || {
+            let mut shared = Shared::new(3, false);
+            let n = neighbour(&shared.map);
+            shared.map.handle(&(), 0).insert(&marked(n, 1), 0).unwrap();
+            shared.copy = shared.map.get(&sample(n).key);
+            shared
+        },
+        [
+            |s| {
+                assert_eq!(s.handle(0).remove(&s.copy()), Stored::Done);
+                s.inserts(&marked(1, 1), 0, 0)
+            },
+            |s| s.inserts(&marked(1, 2), 0, 1),
+        ],
+        |s, won| {
+            assert_eq!(won.iter().sum::<u32>(), 1, "{won:?}");
+            assert_eq!(assert_sound(&s.map).len(), 1);
+        },
+    );
+}
+
 /// Insertion of a key while its entry is removed: what comes out is one entry or none, never two, and versions rise.
 #[test]
 fn loom_insertion_against_removal_and_lookup() {
     race(
-        2,
+        [2, 1],
         || Shared::new(3, true),
         [
             |s| done(s.handle(0).remove(&s.copy())),
@@ -230,7 +266,7 @@ fn loom_insertion_against_removal_and_lookup() {
 #[test]
 fn loom_of_two_updates_of_one_copy_one_is_stored() {
     race(
-        4,
+        [4, 2],
         || Shared::new(2, true),
         [
             |s| done(s.handle(0).update(&versioned(marked(1, 2), s.copy().version), Change::Semantic)),
@@ -259,7 +295,7 @@ fn update_twice(s: &Shared) -> u32 {
 #[test]
 fn loom_a_copy_is_of_one_piece() {
     race(
-        3,
+        [2, 2],
         || Shared::new(2, true),
         [update_twice, |s| {
             if let Some(c) = s.handle(1).lookup(&sample(1).key, 0) {
@@ -274,7 +310,7 @@ fn loom_a_copy_is_of_one_piece() {
 #[test]
 fn loom_an_expired_entry_goes_once() {
     race(
-        1,
+        [1, 1],
         || Shared::new(2, true),
         [
             |s| s.map.sweep(LATE_MS, 2, &s.count) as u32,
@@ -294,7 +330,7 @@ fn loom_an_expired_entry_goes_once() {
 #[test]
 fn loom_update_against_removal() {
     race(
-        4,
+        [4, 2],
         || Shared::new(2, true),
         [|s| done(s.handle(0).remove(&s.copy())), |s| done(s.handle(1).update(&s.copy(), Change::Semantic))],
         |s, [removed, updated]| {
@@ -319,7 +355,7 @@ fn exchange(s: &Shared) -> u32 {
 #[test]
 fn loom_a_slow_reader_of_a_slot_used_again() {
     race(
-        3,
+        [2, 2],
         || Shared::new(1, true),
         [exchange, |s| {
             if let Some(c) = s.map.get(&s.copy().key) {
@@ -339,7 +375,7 @@ fn loom_a_slow_reader_of_a_slot_used_again() {
 #[test]
 fn loom_a_late_update_of_a_slot_used_again() {
     race(
-        3,
+        [3, 2],
         || Shared::new(1, true),
         [exchange, |s| done(s.handle(1).update(&s.copy(), Change::Semantic))],
         |s, [exchanged, updated]| {
@@ -371,7 +407,7 @@ fn collect_versions(s: &Shared) -> u32 {
 #[test]
 fn loom_no_change_is_lost_to_the_collector() {
     race(
-        3,
+        [3, 3],
         || tracked(1),
         [update_twice, collect_versions],
         |s, [newest, seen]| {
@@ -398,7 +434,7 @@ fn follow(s: &Shared, mut follower: Option<Connection>) -> Option<Connection> {
 #[test]
 fn loom_a_follower_ends_up_with_the_same() {
     race(
-        2,
+        [3, 3],
         || tracked(2),
         [
             |s| {
@@ -425,7 +461,7 @@ fn loom_a_follower_ends_up_with_the_same() {
 #[test]
 fn loom_import_against_insertion() {
     race(
-        2,
+        [2, 1],
         || Shared::new(3, false),
         [
             |s| s.inserts(&marked(1, 1), 0, 0),
@@ -453,7 +489,7 @@ fn loom_import_against_insertion() {
 #[test]
 fn loom_eviction() {
     race(
-        3,
+        [3, 2],
         || Shared::new(1, false),
         [
             |s| u32::from(s.handle(0).insert(&marked(1, 1), 0).is_ok()),
@@ -486,7 +522,7 @@ fn loom_a_free_slot_has_one_owner() {
         })
     }
     race(
-        4,
+        [4, 3],
         two_free,
         [
             // The head is the same afterwards, what follows is not.
