@@ -575,6 +575,11 @@ fn transport<'a>(packet: &Packet<'a>, ip: &Ip) -> Result<Dissected<'a>, Refusal>
             let call = gre_call(packet, ip.at, ip.end)?;
             (Transport::Gre, 0, call)
         }
+        // Tracked generically, but each pair of ports by itself: what a rule lets in for one port is not for all.
+        IpProto::DCCP => {
+            let (s, d) = ports()?;
+            (Transport::Other, s, d)
+        }
         _ => (Transport::Other, 0, 0),
     };
     let key = Key::new(packet.toward, ip.zone, ip.proto, (ip.src, src_port), (ip.dst, dst_port));
@@ -822,7 +827,7 @@ fn about(packet: &Packet<'_>, ip: &Ip, at: usize) -> Result<Key, Refusal> {
     let quoted_toward = packet.toward.reverse();
     let key = |s, d| Key::new(quoted_toward, ip.zone, proto, (src, s), (dst, d));
     match proto {
-        IpProto::TCP | IpProto::UDP | IpProto::UDP_LITE | IpProto::SCTP => {
+        IpProto::TCP | IpProto::UDP | IpProto::UDP_LITE | IpProto::SCTP | IpProto::DCCP => {
             let Some([a, b, c, d]) = packet.bytes::<4>(l4).filter(|_| l4 + 4 <= ip.end) else {
                 return Err(UNRELATED);
             };

@@ -188,8 +188,8 @@ impl<'p> Pipeline<'p> {
         assert_eq!(direction, tracked_direction);
         // Tracking does not look for ports where it does not track by them.
         assert_eq!(
-            parsed.map(|p| (p.remote, p.protocol, p.l4.filter(|_| key.l4.is_some() && key.protocol != 33))),
-            Some((key.remote, key.protocol, key.l4.filter(|_| key.protocol != 33))),
+            parsed.map(|p| (p.remote, p.protocol, p.l4.filter(|_| key.l4.is_some()))),
+            Some((key.remote, key.protocol, key.l4)),
             "frame {:02x?}",
             self.burst.snapshot(0)
         );

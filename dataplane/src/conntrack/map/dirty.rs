@@ -111,6 +111,9 @@ pub(super) struct Dirty {
     graves_len: usize,
 }
 
+/// Deletions that can be noted, at least; one per 64 connections in large maps.
+const MIN_GRAVES: usize = if cfg!(loom) { 2 } else { 16 };
+
 /// Slots per word of the bitmap.
 pub(super) const PER_WORD: u32 = u64::BITS;
 
@@ -121,7 +124,7 @@ impl Dirty {
             lost: AtomicBool::new(false),
             bits: (0..capacity.div_ceil(PER_WORD)).map(|_| AtomicU64::new(0)).collect(),
             graves: OnceLock::new(),
-            graves_len: (capacity as usize / 64).max(16).next_power_of_two(),
+            graves_len: (capacity as usize / 64).max(MIN_GRAVES).next_power_of_two(),
         }
     }
 

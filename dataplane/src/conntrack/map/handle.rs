@@ -2,7 +2,7 @@
 use super::super::entry::Connection;
 use super::super::key::Key;
 use super::super::table::{Change, ConnTable, InsertError, Stored};
-use super::slot::Read;
+use super::slot::{KeyWords, Read, Slot};
 use super::stats::Counters;
 use super::{ConnMap, Observer, Removal};
 
@@ -35,21 +35,35 @@ impl<'a> ConnHandle<'a> {
     pub fn lookup_hashed(&mut self, key: &Key, hash: u64, now_ms: u64) -> Option<Connection> {
         let words = key.words();
         let places = self.map.index.places(hash);
-        let (number, read) =
-            self.map.index.find(&places, |number, _| match self.map.slab.slot(number)?.read(&words) {
-                Read::Absent => None,
-                read => Some((number, read)),
-            })?;
-        let Read::Live(connection) = read else {
-            Counters::count(&self.map.counters(self.thread).busy);
-            return None;
-        };
-        if connection.is_expired(now_ms) {
-            self.map.remove_copied(number, &connection, Removal::Expired, self.observer, self.thread);
-            return None;
-        }
+        let (number, slot, meta) = self.map.index.find(&places, |number, _| {
+            let slot = self.map.slab.slot(number)?;
+            slot.entry_of(&words).map(|meta| (number, slot, meta))
+        })?;
         self.last = number;
-        Some(connection)
+        if meta.is_live()
+            && !meta.is_expired(now_ms)
+            && let found @ Some(_) = slot.copy(meta)
+        {
+            return found;
+        }
+        self.lookup_again(slot, &words, now_ms)
+    }
+
+    /// The entry that was found has expired, or is being changed.
+    #[cold]
+    fn lookup_again(&self, slot: &Slot, key: &KeyWords, now_ms: u64) -> Option<Connection> {
+        match slot.read(key) {
+            Read::Live(connection) if connection.is_expired(now_ms) => {
+                self.map.remove_copied(self.last, &connection, Removal::Expired, self.observer, self.thread);
+                None
+            }
+            Read::Live(connection) => Some(connection),
+            Read::Absent => None,
+            Read::Busy => {
+                Counters::count(&self.map.counters(self.thread).busy);
+                None
+            }
+        }
     }
 }
 

@@ -35,7 +35,7 @@ unsafe impl Zeroed for Bucket {}
 /// Where a key may be.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Places {
-    buckets: [u32; 2],
+    pub(super) buckets: [u32; 2],
     /// Never 0.
     tag: u32,
 }

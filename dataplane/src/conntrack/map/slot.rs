@@ -21,7 +21,7 @@ type Words = [u64; 15];
 const META: usize = 5;
 
 /// Words of a slot that are really kept: all of them, except in the model checker, for which each word more is another dimension. There
-/// the addresses are implied ([`implied`]) and the protocols' words are lost.
+/// the addresses are implied, those of the samples, and the protocols' words are lost.
 #[cfg(not(loom))]
 const KEY: [usize; 5] = [0, 1, 2, 3, 4];
 #[cfg(not(loom))]
@@ -30,17 +30,6 @@ const REST: [usize; 9] = [6, 7, 8, 9, 10, 11, 12, 13, 14];
 const KEY: [usize; 1] = [4];
 #[cfg(loom)]
 const REST: [usize; 2] = [6, 14];
-
-#[cfg(not(loom))]
-#[inline]
-fn implied() -> Words {
-    [0; 15]
-}
-
-#[cfg(loom)]
-fn implied() -> Words {
-    to_words(&super::samples::sample(0))
-}
 
 /// Looks at a slot under change before giving up, about 10 us of them: a writer needs nanoseconds unless it was preempted.
 #[cfg(not(loom))]
@@ -119,9 +108,25 @@ impl Slot {
 
     /// The slot's key is this one. Says nothing about the entry's state. A `false` is final for a key whose entry has been here all the
     /// time; a `true` holds if the control word is the same before and after.
+    #[cfg(not(loom))]
     #[inline]
     pub fn holds(&self, key: &KeyWords) -> bool {
-        self.key.iter().zip(KEY).all(|(word, at)| Some(&word.load(Ordering::Relaxed)) == key.get(at))
+        let word = |word: &AtomicU64| word.load(Ordering::Relaxed);
+        let ([a, b, c, d, e], [f, g, h, i, j]) = (&self.key, key);
+        (word(e) ^ j) | (word(d) ^ i) | (word(c) ^ h) | (word(b) ^ g) | (word(a) ^ f) == 0
+    }
+
+    /// As above.
+    #[cfg(loom)]
+    pub fn holds(&self, key: &KeyWords) -> bool {
+        self.key.iter().zip(KEY).all(|(word, at)| word.load(Ordering::Relaxed) == key[at])
+    }
+
+    /// The control word, if this is the key's entry.
+    #[inline]
+    pub fn entry_of(&self, key: &KeyWords) -> Option<Meta> {
+        let meta = self.meta();
+        (matches!(meta.state(), State::Live | State::Writing) && self.holds(key)).then_some(meta)
     }
 
     /// The control word is still `meta`, hence all that was read since is of one piece.
@@ -131,17 +136,40 @@ impl Slot {
         self.meta.load(Ordering::Relaxed) == meta.0
     }
 
+    #[cfg(not(loom))]
     #[inline]
     fn gather(&self, meta: Meta) -> Connection {
-        let mut words = implied();
+        let word = |word: &AtomicU64| word.load(Ordering::Relaxed);
+        let [a, b, c, d, e] = &self.key;
+        let [f, g, h, i, j, k, l, m, n] = &self.rest;
+        let control = u64::from(meta.version()) << 32 | u64::from(meta.expires_ms());
+        // Written out: iterators over these few words cost more than the words.
+        from_words([
+            word(a),
+            word(b),
+            word(c),
+            word(d),
+            word(e),
+            control,
+            word(f),
+            word(g),
+            word(h),
+            word(i),
+            word(j),
+            word(k),
+            word(l),
+            word(m),
+            word(n),
+        ])
+    }
+
+    #[cfg(loom)]
+    fn gather(&self, meta: Meta) -> Connection {
+        let mut words = to_words(&super::samples::sample(0));
         for (word, at) in self.key.iter().zip(KEY).chain(self.rest.iter().zip(REST)) {
-            if let Some(to) = words.get_mut(at) {
-                *to = word.load(Ordering::Relaxed);
-            }
+            words[at] = word.load(Ordering::Relaxed);
         }
-        if let Some(to) = words.get_mut(META) {
-            *to = u64::from(meta.version()) << 32 | u64::from(meta.expires_ms());
-        }
+        words[META] = u64::from(meta.version()) << 32 | u64::from(meta.expires_ms());
         from_words(words)
     }
 
@@ -204,12 +232,27 @@ impl Slot {
         Err(Busy)
     }
 
+    #[cfg(not(loom))]
     #[inline]
     fn scatter(&self, words: &Words) {
+        let store = |word: &AtomicU64, value: u64| word.store(value, Ordering::Relaxed);
+        let [a, b, c, d, e, f, g, h, i] = &self.rest;
+        let [_, _, _, _, _, _, va, vb, vc, vd, ve, vf, vg, vh, vi] = *words;
+        store(a, va);
+        store(b, vb);
+        store(c, vc);
+        store(d, vd);
+        store(e, ve);
+        store(f, vf);
+        store(g, vg);
+        store(h, vh);
+        store(i, vi);
+    }
+
+    #[cfg(loom)]
+    fn scatter(&self, words: &Words) {
         for (word, at) in self.rest.iter().zip(REST) {
-            if let Some(&value) = words.get(at) {
-                word.store(value, Ordering::Relaxed);
-            }
+            word.store(words[at], Ordering::Relaxed);
         }
     }
 
