@@ -6,6 +6,7 @@ pub mod firewall;
 pub mod trace;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -322,6 +323,8 @@ pub struct Switch<K: Kinds> {
     clock: Clock,
     forwarding: Arc<Published<Forwarding<K::Tx>>>,
     inner: Mutex<Inner<K>>,
+    /// Which VM's table is tended first, so that all have their turn.
+    tended: AtomicUsize,
 }
 
 impl<K: Kinds> Switch<K> {
@@ -339,6 +342,7 @@ impl<K: Kinds> Switch<K> {
                 originated: BTreeMap::new(),
                 firewall: firewall::State::default(),
             }),
+            tended: AtomicUsize::new(0),
         })
     }
 

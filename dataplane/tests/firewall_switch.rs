@@ -471,7 +471,7 @@ fn one_vms_flood_leaves_the_others_alone() {
     // B is not concerned.
     net.send(&net.out, &tcp((OUT_MAC, OUT, 4000), (B_MAC, B, 80), SYN, 100, 0, b""));
     assert_eq!(net.b.take().len(), 1);
-    // Expired connections make room, by and by, on the PMD threads.
+    // Expired connections make room, by and by, on the PMD threads (and faster with the control side's help).
     net.later(121_000);
     let end = Instant::now() + Duration::from_secs(10);
     while net.switch.vm_status(net.vms[0]).unwrap().limits.connections > 0 {

@@ -338,7 +338,7 @@ impl<O: Opener> Engine for SwitchEngine<O> {
         let switch = Arc::downgrade(&self.switch);
         Box::new(move || {
             if let Some(switch) = switch.upgrade() {
-                switch.prepare_tables();
+                switch.tend_tables();
             }
         })
     }

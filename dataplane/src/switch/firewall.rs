@@ -1,6 +1,7 @@
 //! The switch's firewall as the control side sees it: VMs, their ports' rules, and what the PMD threads report.
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use super::{Inner, PortOptions, Switch, SwitchError, free_number};
 use crate::bridge::fdb::PortId;
@@ -19,6 +20,9 @@ use crate::qsbr::MAX_THREADS;
 
 /// Most VMs of one switch.
 pub const MAX_VMS: usize = 4096;
+
+/// Connections that one call of [`Switch::tend_tables`] looks at.
+const TEND_ENTRIES: usize = 65_536;
 
 /// A port's firewall as it is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -361,10 +365,21 @@ impl<K: Kinds> Switch<K> {
         RuleLine::of(&rules.policy, event.rule?)
     }
 
-    /// Gets the memory of VMs' tables ready before traffic needs it. To be called now and then, not by a PMD thread.
-    pub fn prepare_tables(&self) {
-        for vm in self.vms() {
+    /// Gets the memory of VMs' tables ready before traffic needs it, and deletes some expired connections: PMD threads that sleep
+    /// do so only rarely. To be called every few milliseconds to a second, not by a PMD thread; takes less than a millisecond.
+    pub fn tend_tables(&self) {
+        let vms = self.vms();
+        let now_ms = self.clock.now_ns() / 1_000_000;
+        let mut budget = TEND_ENTRIES;
+        let first = self.tended.fetch_add(1, Relaxed);
+        for n in 0..vms.len() {
+            let Some(vm) = vms.get(first.wrapping_add(n) % vms.len()) else { continue };
             vm.map().populate_ahead();
+            if budget > 0 && !vm.map().is_empty() {
+                let entries = budget.min(TEND_ENTRIES / 4);
+                vm.sweep(now_ms, entries);
+                budget -= entries;
+            }
         }
     }
 }
