@@ -47,6 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "arithmetic only, and much of it")]
     fn every_bit_of_the_key_moves_half_the_hash() {
         let hasher = Hasher::new([1, 2]);
         let (mut flips, mut pairs) = ([0u32; 64], 0);

@@ -237,6 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "there are no vectors")]
     fn vectors_see_what_single_words_are() {
         let bucket = Bucket::default();
         let mut x = 1u32;

@@ -20,12 +20,6 @@
 //!
 //! Slots are never unmapped while the map exists, so a reader that comes too late reads a slot of another time, and the control word
 //! tells it so. The map itself goes when its last `Arc` does.
-//!
-//! # Versions
-//! [`Connection::version`] has 30 bits and is compared as a serial number ([`newer`]). Updates raise it by one. A new entry's is above that
-//! of every entry removed before (the map keeps the highest), so the versions of one key rise through deletion and re-insertion too. This
-//! holds while the versions in a map are less than 2^29 changes apart from the highest removed; an importer that applies changes and tombstones in the
-//! order in which [`ConnMap::collect_dirty`] gave them does not depend on it. [`ConnMap::import`] keeps the version that it brings.
 mod dirty;
 mod evict;
 mod handle;
@@ -145,7 +139,13 @@ struct Rival {
     position: Position,
 }
 
-/// One VM's connections. See the [module](self).
+/// One VM's connections, shared by all PMD threads by `Arc`, without locks. Threads work on it through [`ConnMap::handle`].
+///
+/// # Versions
+/// [`Connection::version`] has 30 bits and is compared as a serial number ([`newer`]). Updates raise it by one. A new entry's is above
+/// that of every entry removed before (the map keeps the highest), so the versions of one key rise through deletion and re-insertion
+/// too. This holds while the versions in a map are less than 2^29 changes apart; an importer that applies changes and tombstones in the
+/// order in which [`Self::collect_dirty`] gave them does not depend on it. [`Self::import`] keeps the version that it brings.
 pub struct ConnMap {
     hasher: Hasher,
     index: Index,
@@ -163,7 +163,7 @@ pub struct ConnMap {
 impl ConnMap {
     /// A map for `capacity` connections, at most [`MAX_CAPACITY`]. `seed` is secret and random: the hash depends on it.
     ///
-    /// Reserves [`Self::memory_bytes`] and backs the index and the first 16 MB of the entries with memory.
+    /// Reserves [`Self::memory_bytes`] and backs the index and the first 4 MB of the entries with memory.
     ///
     /// # Errors
     /// See [`MapError`].
@@ -199,7 +199,8 @@ impl ConnMap {
         self.slab.capacity()
     }
 
-    /// Number of entries, those expired but not yet deleted included. While threads insert and remove, a value of about now.
+    /// Number of entries, those expired but not yet deleted included. While threads insert and remove, a value of about now. A sum over
+    /// all threads' counters: not for every packet.
     pub fn len(&self) -> usize {
         self.stats().len as usize
     }
@@ -236,7 +237,7 @@ impl ConnMap {
         self.counters.get(thread % SHARDS).unwrap_or(first)
     }
 
-    /// Backs memory for the next 16 MB of entries, 140,000 connections, with huge pages where there are any. A control thread should call
+    /// Backs the next 4 MB of entries, 35,000 connections, with memory, in huge pages where there are any. A control thread should call
     /// it every few milliseconds; otherwise, or when it does not keep up, PMD threads fault pages in one by one, about a microsecond each.
     pub fn populate_ahead(&self) {
         self.slab.populate_ahead();

@@ -19,7 +19,7 @@ pub(super) const SHARDS: usize = 8;
 pub(super) const SHARDS: usize = 2;
 
 /// Memory that is to be in place ahead of the first slot never used, bytes.
-const AHEAD_BYTES: usize = 16 << 20;
+const AHEAD_BYTES: usize = 4 << 20;
 
 #[allow(unsafe_code)] // States a fact.
 // SAFETY: atomic integers.
@@ -148,6 +148,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "maps no memory")]
     fn memory_is_populated_up_to_the_end_and_no_further() {
         let slab = Slab::new(400_000).unwrap();
         slab.populate_ahead();

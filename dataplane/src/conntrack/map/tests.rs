@@ -155,6 +155,7 @@ fn the_expired_are_not_found_and_go_by_whoever_meets_them() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "slow, and nothing new to the interpreter")]
 fn sweeping_goes_round_in_steps() {
     let map = map(1000);
     let mut h = map.handle(&(), 0);
