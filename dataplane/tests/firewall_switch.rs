@@ -394,6 +394,10 @@ fn spoofed_frames_are_dropped_and_named() {
     for reason in ["spoof_source_mac", "spoof_source_ipv4", "spoof_arp_sender_address", "spoof_dhcp_server"] {
         assert_eq!(net.denied(0, Direction::Egress, reason), 1, "{reason}");
     }
+    let mut events = Vec::new();
+    net.switch.take_firewall_events(&mut events);
+    let spoofed = events.iter().filter_map(|e| e.flow).find(|f| f.src() == IpAddr::V4(B));
+    assert_eq!(spoofed.map(|f| f.dst_port()), Some(1), "told with its addresses");
     // Nor did the switch learn the stolen address.
     net.send(&net.out, &tcp((OUT_MAC, OUT, 4000), (B_MAC, B, 80), SYN, 100, 0, b""));
     assert_eq!((net.a.take().len(), net.b.take().len()), (0, 1));
@@ -480,6 +484,24 @@ fn one_vms_flood_leaves_the_others_alone() {
     }
     net.send(&net.a, &tcp((A_MAC, A, 9), (OUT_MAC, OUT, 80), SYN, 1, 0, b""));
     assert_eq!(net.out.take().len(), 1);
+}
+
+#[test]
+fn half_open_connections_make_room_at_the_limit() {
+    let net = Net::new(&["web"], |vm, _| vm.limits.max_connections = 20);
+    net.connect_to_a(4000);
+    for port in 0..60 {
+        net.send(&net.out, &tcp((OUT_MAC, OUT, 10_000 + port), (A_MAC, A, 80), SYN, 1, 0, b""));
+    }
+    assert_eq!(net.a.take().len(), 60, "each found room");
+    assert_eq!(net.switch.vm_status(net.vms[0]).unwrap().limits.connections, 20);
+    assert!(net.connections(0).iter().any(|c| c.assured() && c.key.remote_port == 4000), "never the established one");
+    // Established ones do not give way.
+    let full = Net::new(&["web"], |vm, _| vm.limits.max_connections = 3);
+    (4000..4003).for_each(|port| full.connect_to_a(port));
+    full.send(&full.out, &tcp((OUT_MAC, OUT, 4003), (A_MAC, A, 80), SYN, 1, 0, b""));
+    assert!(full.a.take().is_empty());
+    assert_eq!(full.denied(0, Direction::Ingress, "limit_connections"), 1);
 }
 
 #[test]

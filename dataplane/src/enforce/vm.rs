@@ -50,6 +50,13 @@ impl VmOptions {
     }
 }
 
+impl VmOptions {
+    /// No more connections than the table holds.
+    fn effective_limits(&self) -> LimitsConfig {
+        LimitsConfig { max_connections: self.limits.max_connections.min(self.capacity), ..self.limits }
+    }
+}
+
 /// One VM's firewall state, shared by all PMD threads and the control side.
 pub struct VmFirewall {
     id: VmId,
@@ -89,7 +96,7 @@ impl VmFirewall {
             id,
             name: options.name.clone(),
             map: ConnMap::new(options.capacity, seed)?,
-            limits: VmLimits::new(&options.limits, seed[0] ^ seed[1].rotate_left(32)),
+            limits: VmLimits::new(&options.effective_limits(), seed[0] ^ seed[1].rotate_left(32)),
             fragments: Mutex::new(FragmentQueue::new()),
             log_new: AtomicBool::new(options.log_new),
             events: TokenBucket::default(),
@@ -98,7 +105,7 @@ impl VmFirewall {
 
     /// Changes what can be changed in place: limits and logging.
     pub(crate) fn reconfigure(&self, options: &VmOptions) {
-        self.limits.reconfigure(&options.limits);
+        self.limits.reconfigure(&options.effective_limits());
         self.log_new.store(options.log_new, Relaxed);
     }
 

@@ -11,7 +11,7 @@ use crate::enforce::{
     FirewallEvent, MAX_VM_PORTS, PortFirewall, PortFirewallStats, PortRules, VmFirewall, VmId, VmOptions, VmStatus,
 };
 use crate::firewall::explain::RuleLine;
-use crate::firewall::policy::{PolicyDocument, PortPolicy, SecurityGroup};
+use crate::firewall::policy::{PolicyDocument, PortPolicy};
 use crate::firewall::reject::Rejector;
 use crate::firewall::spoof::{SpoofConfig, SpoofTable};
 use crate::firewall::{AddressBook, AddressIndex, Cidr, CompileOptions, CompiledPolicy, SetKey, compile};
@@ -189,18 +189,16 @@ impl State {
 }
 
 /// The rules of a port would compile to the same.
-fn same_rules(old: &PortRecord, document: &PolicyDocument, policy: &PortPolicy) -> bool {
-    let group = |document: &PolicyDocument, name: &String| -> Option<SecurityGroup> {
-        document.security_groups.get(name).cloned()
-    };
+fn same_rules(old: &PortRecord, document: &Arc<PolicyDocument>, policy: &PortPolicy) -> bool {
     let compiled_from = |p: &PortPolicy| PortPolicy {
         anti_spoofing: SpoofConfig::default(),
         limits: Default::default(),
         reject: Default::default(),
         ..p.clone()
     };
+    let same_group = |name: &String| old.document.security_groups.get(name) == document.security_groups.get(name);
     compiled_from(&old.policy) == compiled_from(policy)
-        && policy.security_groups.iter().all(|name| group(&old.document, name) == group(document, name))
+        && (Arc::ptr_eq(&old.document, document) || policy.security_groups.iter().all(same_group))
 }
 
 /// The members of every group are the addresses of the ports that are in it.
