@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::VmId;
 use crate::conntrack::{
-    ConnHandle, ConnMap, Connection, Cursor, Dirt, FragmentQueue, FragmentStats, Imported, MapError, MapStats,
+    ConnHandle, ConnMap, Connection, Cursor, Dirt, FragmentQueue, FragmentStats, Imported, Key, MapError, MapStats,
     Observer, Removal, TrackConfig,
 };
 use crate::firewall::limits::{LimitsConfig, LimitsStatus, VmLimits};
@@ -200,19 +200,30 @@ impl VmFirewall {
         }) {}
     }
 
-    /// Takes over one connection, counting it in this VM's limits without asking them.
+    /// Takes over one connection, unless a newer version of it is here.
     fn adopt(&self, connection: &Connection, now_ms: u64) {
-        if connection.is_expired(now_ms) {
-            return;
+        if !connection.is_expired(now_ms) {
+            self.import(connection, now_ms);
         }
+    }
+
+    /// Takes in a connection from elsewhere, counting it in this VM's limits without asking them. The caller has made sure that
+    /// it is one of this VM's; the rules judge it on its next packet, when its generation is not theirs.
+    pub fn import(&self, connection: &Connection, now_ms: u64) -> Imported {
         let source = connection.opener();
         let admission = self.limits.adopt(source, connection.decision.counts_half_open());
         let mut connection = *connection;
         connection.decision = connection.decision.with_admission(admission);
-        match self.map.import(&connection, now_ms, self) {
-            Imported::Added | Imported::Replaced => {}
-            Imported::Older | Imported::Full => self.limits.release(source, admission),
+        let imported = self.map.import(&connection, now_ms, self);
+        if matches!(imported, Imported::Older | Imported::Full) {
+            self.limits.release(source, admission);
         }
+        imported
+    }
+
+    /// Deletes a connection that has ended elsewhere, unless its version here is newer.
+    pub fn delete(&self, key: &Key, version: u32) -> bool {
+        self.map.delete_matching(key, version, self)
     }
 
     /// How it is.

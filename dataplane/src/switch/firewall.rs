@@ -285,6 +285,39 @@ impl<K: Kinds> Switch<K> {
         Ok(())
     }
 
+    /// An empty firewall with a VM's settings, for connections that come from elsewhere: it is filled ([`VmFirewall::import`]) while
+    /// the VM's own goes on, and takes its place by [`Self::activate_vm`], or is dropped.
+    ///
+    /// # Errors
+    /// No such VM, or no memory.
+    pub fn stage_vm(&self, id: VmId) -> Result<Arc<VmFirewall>, SwitchError> {
+        let options = self.lock().firewall.vms.get(&id).ok_or(SwitchError::NoVm(id))?.options.clone();
+        let staged = VmFirewall::new(id, &options, random_seed()).map_err(|e| SwitchError::Table(e.to_string()))?;
+        Ok(Arc::new(staged))
+    }
+
+    /// Puts a staged firewall in the place of the VM's own, which is dropped with its connections. When it returns every PMD thread
+    /// uses the new one.
+    ///
+    /// # Errors
+    /// No such VM.
+    pub fn activate_vm(&self, id: VmId, staged: Arc<VmFirewall>) -> Result<(), SwitchError> {
+        let mut inner = self.lock();
+        let record = inner.firewall.vms.get_mut(&id).ok_or(SwitchError::NoVm(id))?;
+        // The settings may have changed since it was staged.
+        staged.reconfigure(&record.options);
+        record.firewall = staged;
+        inner.replan()?;
+        self.publish(&inner);
+        Ok(())
+    }
+
+    /// Waits until every PMD thread has seen what was changed before: so that, with [`crate::conntrack::ConnMap::set_tracking`] on,
+    /// no change goes unnoticed from now on.
+    pub fn synchronize(&self) {
+        self.domain.synchronize();
+    }
+
     /// Removes a VM that has no ports, with its connections.
     ///
     /// # Errors
