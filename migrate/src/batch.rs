@@ -364,7 +364,7 @@ impl<'a> Batch<'a> {
         self.raw
     }
 
-    /// The records in order; ends with the first error. The number of records is checked at the end.
+    /// The records in order; ends with the first error. There are never more of them than the header says.
     pub fn records(&self) -> Records<'a> {
         Records { rest: self.raw, announced: self.header.records, found: 0, over: false }
     }
@@ -397,6 +397,13 @@ impl Iterator for Records<'_> {
                 self.over = true;
                 let (announced, found) = (self.announced, self.found);
                 return (announced != found).then_some(Err(RecordError::Count { announced, found }));
+            }
+            if self.found >= self.announced {
+                self.over = true;
+                return Some(Err(RecordError::Count {
+                    announced: self.announced,
+                    found: self.found.saturating_add(1),
+                }));
             }
             match decode(self.rest) {
                 Ok((record, rest)) => {

@@ -121,7 +121,11 @@ impl Compressor {
         bandwidth_bytes_per_s: Option<u64>,
         clock_ns: impl FnMut() -> u64 + Send + 'static,
     ) -> Self {
-        let out = if mode == CompressMode::Off { Vec::new() } else { vec![0; get_maximum_output_size(MAX_RAW_BYTES as usize)] };
+        let out = if mode == CompressMode::Off {
+            Vec::new()
+        } else {
+            vec![0; get_maximum_output_size(MAX_RAW_BYTES as usize)]
+        };
         Self {
             mode,
             bandwidth: bandwidth_bytes_per_s.unwrap_or(DEFAULT_BANDWIDTH_BYTES_PER_S).max(1),

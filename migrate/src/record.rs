@@ -133,7 +133,7 @@ pub enum RecordError {
     Count {
         /// As the header says.
         announced: u32,
-        /// As they were.
+        /// As they were, or one more than announced.
         found: u32,
     },
 }
@@ -543,8 +543,7 @@ pub(crate) fn skip_extensions(mut area: &[u8]) -> Result<(), RecordError> {
         let (kind, bytes) = (head.kind.get(), head.bytes.get());
         let data = usize::from(bytes);
         let padded = (size_of::<ExtensionHead>() + data).next_multiple_of(UNIT_BYTES) - size_of::<ExtensionHead>();
-        let (content, rest) =
-            rest.split_at_checked(padded).ok_or(RecordError::ExtensionLength { kind, bytes })?;
+        let (content, rest) = rest.split_at_checked(padded).ok_or(RecordError::ExtensionLength { kind, bytes })?;
         if kind & EXTENSION_MANDATORY != 0 {
             return Err(RecordError::Extension(kind));
         }
