@@ -73,7 +73,7 @@ fn portable(n: u32) -> Portable {
             PortableState::Tcp(PortableTcp {
                 sides,
                 last_kind: 3,
-                last_reply: n % 2 == 0,
+                last_reply: n.is_multiple_of(2),
                 last_end: sides[0].end,
                 last_len: 1448,
                 last_ack: sides[0].max_ack,
@@ -104,7 +104,7 @@ fn connections() -> Vec<Connection> {
 }
 
 fn bytes() -> Vec<u8> {
-    portables().iter().flat_map(|p| encode_connection(p)).collect()
+    portables().iter().flat_map(encode_connection).collect()
 }
 
 fn place() -> BatchPlace {
