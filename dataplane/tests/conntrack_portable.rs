@@ -443,6 +443,81 @@ fn lifetimes_are_cut_to_this_hosts_timeouts() {
     assert_eq!(udp(false).to_connection(5, &none).unwrap_err(), PortableError::Expired);
 }
 
+/// A conversation that went on while nobody watched: out of the window as it was last known; with the windows forgotten, taken up
+/// with one segment of each side, and then as strict as ever.
+#[test]
+fn forgotten_windows_are_found_again() {
+    const SYN: u8 = 2;
+    const ACK: u8 = 0x10;
+    const RST: u8 = 4;
+    let options = OPTIONS[1];
+    let config = TrackConfig { tcp_loose: false, ..TrackConfig::default() };
+    let opened = || {
+        let mut tracker = Tracker::new(ModelTable::new(10), config);
+        for (a_to_b, numbers, flags, options) in [
+            (true, (1000, 0), SYN, options),
+            (false, (5000, 1001), SYN | ACK, options),
+            (true, (1001, 5001), ACK, &[][..]),
+        ] {
+            let frame = tcp_frame(a_to_b, numbers, flags, 500, options, 0);
+            let toward = if a_to_b { Toward::Egress } else { Toward::Ingress };
+            assert_eq!(run_step(&mut tracker, &frame, toward, 10, |_| true).verdict, "pass");
+        }
+        tracker
+    };
+    // 100 MB later.
+    let later = |a_to_b: bool, flags: u8, ahead: u32| {
+        let far = 100_000_000 + ahead;
+        let numbers = if a_to_b { (1001 + far, 5001 + far) } else { (5001 + far, 1001 + far) };
+        let toward = if a_to_b { Toward::Egress } else { Toward::Ingress };
+        (tcp_frame(a_to_b, numbers, flags, 500, &[], 100), toward)
+    };
+    let state_of = |tracker: &mut Tracker<ModelTable>, (frame, toward): (Vec<u8>, Toward)| {
+        run_step(tracker, &frame, toward, 20, |_| true).ct_state
+    };
+    let mut strict = opened();
+    assert_eq!(state_of(&mut strict, later(true, ACK, 0)), Some("inv"), "without forgetting");
+
+    for first in [true, false] {
+        let mut tracker = opened();
+        let mut conn = *tracker.table().iter().next().unwrap();
+        assert!(conn.forget_windows());
+        assert!(!conn.forget_windows(), "nothing left to forget");
+        let there = conn.to_portable(20).to_connection(20, &config.timeouts).unwrap();
+        tracker = Tracker::new(ModelTable::new(10), config);
+        tracker.table_mut().insert(&there, 20).unwrap();
+        assert_eq!(state_of(&mut tracker, later(first, ACK, 0)), Some("est"));
+        assert_eq!(state_of(&mut tracker, later(!first, ACK, 0)), Some("est"));
+        assert_eq!(state_of(&mut tracker, later(first, ACK, 100)), Some("est"));
+        for side in [true, false] {
+            assert_eq!(state_of(&mut tracker, later(side, ACK, 50_000_000)), Some("inv"), "strict again");
+        }
+        // Scales are known still: the windows are 500 << 7 bytes.
+        for (ahead, state) in [(60_000, "est"), (70_000 + 60_000, "inv")] {
+            let far = 100_000_000;
+            let numbers = if first { (1001 + far + ahead, 5001 + far) } else { (5001 + far + ahead, 1001 + far) };
+            let toward = if first { Toward::Egress } else { Toward::Ingress };
+            let segment = (tcp_frame(first, numbers, ACK, 500, &[], 100), toward);
+            assert_eq!(state_of(&mut tracker, segment), Some(state), "{ahead} ahead");
+        }
+        assert_eq!(tracker.table().iter().next().unwrap().state(), 3);
+    }
+    // A RST that anybody could have sent does not end it, though it comes first.
+    let mut tracker = opened();
+    let mut conn = *tracker.table().iter().next().unwrap();
+    assert!(conn.forget_windows());
+    tracker = Tracker::new(ModelTable::new(10), config);
+    tracker.table_mut().insert(&conn, 20).unwrap();
+    let _ = state_of(&mut tracker, later(false, RST, 0));
+    assert_eq!(tracker.table().iter().next().unwrap().state(), 3);
+
+    // In the handshake nothing lags; other protocols have no windows.
+    let mut half = Portable { state: 1, assured: false, ..open_tcp() }.to_connection(0, &config.timeouts).unwrap();
+    assert!(!half.forget_windows());
+    let udp = Portable { protocol: PortableState::Udp { age_ms: 5 }, ..plain(key_of(IpProto::UDP, 1, 2)) };
+    assert!(!udp.to_connection(0, &config.timeouts).unwrap().forget_windows());
+}
+
 /// UDP: how long ago the first packet was survives the change of clocks, and so does the wait for the stream.
 #[test]
 fn udp_keeps_its_age() {

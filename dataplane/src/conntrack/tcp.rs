@@ -9,6 +9,7 @@ use super::entry::Connection;
 use super::key::Way;
 use super::table::Change;
 use super::{Invalid, Step};
+use crate::packet::IpProto;
 use crate::packet::tcp::Flags;
 
 /// State of a TCP connection. The numbers are Linux's.
@@ -444,6 +445,25 @@ impl Tcp {
         self.last_seq = segment.seq;
         self.last_end = segment.end();
         self.last_window = segment.window;
+    }
+}
+
+impl Connection {
+    /// For a connection whose TCP windows are out of date, since segments passed that were not tracked: each side's window begins anew with
+    /// its next segment, whatever its numbers are. What was agreed on (scales, SACK) stays, and so does the highest acknowledgement, which
+    /// keeps blind RSTs from ending the connection meanwhile. Returns whether there was anything to forget: before the handshake is
+    /// over, and for other protocols, there is not.
+    pub fn forget_windows(&mut self) -> bool {
+        let state = TcpState::from_number(self.state());
+        if self.key.proto() != IpProto::TCP || !(state == TcpState::Established || state.is_closing()) {
+            return false;
+        }
+        let mut tcp = Tcp::load(self);
+        for side in &mut tcp.sides {
+            side.max_window = 0;
+        }
+        tcp.retrans = 0;
+        tcp.store(self) != Change::None
     }
 }
 
