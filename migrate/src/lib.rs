@@ -1,3 +1,8 @@
-//! Flow-state migration: announcing a VM that has arrived.
+//! Flow-state migration: connection records and batches of them, announcing a VM that has arrived.
 
 pub mod announce;
+pub mod batch;
+pub mod compress;
+#[cfg(any(test, fuzzing, feature = "fuzzing"))]
+pub mod fuzzing;
+pub mod record;
