@@ -12,7 +12,7 @@
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
 use serde::{Deserialize, Serialize};
 
-use crate::batch::MAX_RAW_BYTES;
+use crate::encoding::MAX_RAW_BYTES;
 use crate::record::RecordError;
 
 /// Bandwidth that is assumed when none is configured, bytes per second: 10 Gbit/s.

@@ -55,7 +55,7 @@ pub enum RecordError {
     #[error("not a batch of records")]
     Magic,
     /// Another major version of the format: the peer must be configured or upgraded to speak this one.
-    #[error("record format {major}.{minor}, this host reads {}.x", crate::batch::MAJOR)]
+    #[error("record format {major}.{minor}, this host reads {}.x", crate::encoding::MAJOR)]
     Version {
         /// Major version.
         major: u8,

@@ -6,7 +6,7 @@ use ferry_dataplane::conntrack::{
     Portable, PortableKey, PortableSctp, PortableSide, PortableState, PortableTcp, Tally, Timeouts, Traffic, Way,
 };
 use ferry_dataplane::packet::IpProto;
-use ferry_migrate::batch::{BatchHeader, BatchLimits, BatchPlace, BatchReader, BatchWriter};
+use ferry_migrate::encoding::{BatchHeader, BatchLimits, BatchPlace, BatchReader, BatchWriter};
 use ferry_migrate::compress::{Codec, CompressMode, Compressor};
 use ferry_migrate::record::{PortableTombstone, Record, RecordError};
 

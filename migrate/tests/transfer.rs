@@ -7,7 +7,7 @@ use ferry_dataplane::conntrack::{
     Removal, Stored, Timeouts, Traffic,
 };
 use ferry_dataplane::packet::IpProto;
-use ferry_migrate::batch::{BatchLimits, BatchPlace, BatchReader, BatchWriter};
+use ferry_migrate::encoding::{BatchLimits, BatchPlace, BatchReader, BatchWriter};
 use ferry_migrate::compress::{CompressMode, Compressor};
 use ferry_migrate::record::{PortableTombstone, Record};
 

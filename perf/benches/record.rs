@@ -9,7 +9,7 @@ use ferry_dataplane::conntrack::{
     Connection, Portable, PortableKey, PortableSide, PortableState, PortableTcp, Tally, Timeouts, Traffic,
 };
 use ferry_dataplane::packet::IpProto;
-use ferry_migrate::batch::{BatchLimits, BatchPlace, BatchReader, BatchWriter};
+use ferry_migrate::encoding::{BatchLimits, BatchPlace, BatchReader, BatchWriter};
 use ferry_migrate::compress::{Codec, CompressMode, Compressor, decompress};
 use ferry_migrate::record::{CONNECTION_BYTES, Record, encode_connection};
 

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 
 use ferry_dataplane::conntrack::{ConnTable, ModelTable, Portable, Timeouts, Tracker};
 
-use crate::batch::{
+use crate::encoding::{
     BatchLimits, BatchPlace, BatchReader, BatchWriter, HEADER_BYTES, MAX_BATCH_BYTES, MAX_RAW_BYTES, batch_bytes,
 };
 use crate::compress::{Codec, CompressMode, Compressor, decompress};
