@@ -45,7 +45,7 @@ pub use key::{Flow, Key, Toward, Way};
 pub use map::sample;
 pub use map::{
     ConnHandle, ConnMap, Cursor, DEFAULT_CAPACITY, Dirt, Imported, MAX_CAPACITY, MapError, MapStats, Observer, Removal,
-    Tombstone, VERSION_BITS, VERSION_MAX, newer,
+    Tombstone, Uncollected, VERSION_BITS, VERSION_MAX, newer,
 };
 pub use sctp::SctpState;
 pub use table::{Change, ConnTable, InsertError, ModelTable, Stored};
