@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::VmId;
 use crate::conntrack::{
-    ConnHandle, ConnMap, Connection, Cursor, Dirt, FragmentQueue, FragmentStats, Imported, MapError, MapStats,
-    Observer, Removal, TrackConfig,
+    ConnHandle, ConnMap, Connection, Cursor, Decision, Dirt, FragmentQueue, FragmentStats, Imported, MapError,
+    MapStats, Observer, Removal, TrackConfig,
 };
 use crate::firewall::limits::{LimitsConfig, LimitsStatus, VmLimits};
 use crate::firewall::token_bucket::{Rate, TokenBucket};
@@ -193,19 +193,32 @@ impl VmFirewall {
         }) {}
     }
 
-    /// Takes over one connection, counting it in this VM's limits without asking them.
     fn adopt(&self, connection: &Connection, now_ms: u64) {
-        if connection.is_expired(now_ms) {
-            return;
+        if !connection.is_expired(now_ms) {
+            self.store(connection, connection.decision.counts_half_open(), now_ms);
         }
+    }
+
+    /// Takes over a connection from another host under its version ([`ConnMap::import`]), counting it in this VM's limits without asking
+    /// them. The policy has not judged it here: its next packet makes it.
+    pub fn import(&self, connection: &Connection, now_ms: u64) -> Imported {
+        let mut unjudged = *connection;
+        unjudged.policy_generation = 0;
+        unjudged.decision = Decision::default();
+        self.store(&unjudged, unjudged.is_half_open(), now_ms)
+    }
+
+    fn store(&self, connection: &Connection, half_open: bool, now_ms: u64) -> Imported {
         let source = connection.opener();
-        let admission = self.limits.adopt(source, connection.decision.counts_half_open());
+        let admission = self.limits.adopt(source, half_open);
         let mut connection = *connection;
         connection.decision = connection.decision.with_admission(admission);
-        match self.map.import(&connection, now_ms, self) {
+        let imported = self.map.import(&connection, now_ms, self);
+        match imported {
             Imported::Added | Imported::Replaced => {}
             Imported::Older | Imported::Full => self.limits.release(source, admission),
         }
+        imported
     }
 
     /// How it is.
