@@ -8,6 +8,7 @@ pub mod bridge;
 pub mod clock;
 pub mod conntrack;
 pub mod counters;
+pub mod divert;
 pub mod enforce;
 pub mod firewall;
 pub mod frame;

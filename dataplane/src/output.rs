@@ -186,7 +186,7 @@ impl Sender {
             }
             return;
         }
-        let mut caps = port.tx.capabilities(guard);
+        let mut caps = port.capabilities(guard);
         caps.max_frame_bytes = match (caps.max_frame_bytes, port.max_frame_bytes) {
             (0, limit) | (limit, 0) => limit,
             (a, b) => a.min(b),
@@ -206,7 +206,9 @@ impl Sender {
             }
         }
         self.send_run(guard, burst, port, ledger, items, &plans, from..plans.len(), &caps);
-        port.tx.flush(guard, guard.index());
+        if port.divert.is_none() {
+            port.tx.flush(guard, guard.index());
+        }
     }
 
     /// What has to be done to frame `i` (place `slot` in the batch) before this output can take it.
@@ -304,7 +306,7 @@ impl Sender {
             return;
         }
         self.report.reset(DropReason::TxNotReady);
-        port.tx.send(guard, guard.index(), &frames, &mut self.report);
+        port.send(guard, &frames, &mut self.report);
         let (mut sent, mut bytes) = (0u64, 0u64);
         for (k, (&i, frame)) in numbers.iter().zip(&frames).enumerate() {
             if self.report.accepted >> k & 1 == 1 {
@@ -374,7 +376,7 @@ impl Sender {
                 break;
             }
             self.report.reset(DropReason::TxNotReady);
-            port.tx.send(guard, guard.index(), &frames, &mut self.report);
+            port.send(guard, &frames, &mut self.report);
             for (k, frame) in frames.iter().enumerate() {
                 if self.report.accepted >> k & 1 == 1 {
                     self.delivered |= 1 << i;

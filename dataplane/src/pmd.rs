@@ -140,6 +140,11 @@ pub(crate) enum Command<R> {
         ingress: PortId,
         frame: Vec<u8>,
     },
+    /// A frame for one port, as its guest is to receive it.
+    Deliver {
+        output: PortId,
+        frame: Vec<u8>,
+    },
     Stop {
         reply: Sender<Vec<PolledQueue<R>>>,
     },

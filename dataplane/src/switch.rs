@@ -20,8 +20,10 @@ use crate::bridge::vlan::{BadVlan, VlanMode, VlanPolicy};
 use crate::bridge::{BridgeEntry, BridgeId, Forwarding, MAX_BRIDGES, PortEntry};
 use crate::clock::Clock;
 use crate::counters::{DropReason, RxLedger, TxLedger};
+use crate::divert::Divert;
 use crate::enforce::VmId;
 use crate::firewall::PolicyError;
+use crate::frame::MAX_FRAME_BYTES;
 use crate::pmd::{Command, IdleTuning, Kinds, Mailbox, PmdCounters, PmdId, PmdStats, PolledQueue, Sleeper, mailbox};
 use crate::qsbr::{Domain, MAX_THREADS, Published};
 use crate::worker::{Parts, Worker};
@@ -76,7 +78,7 @@ pub enum SwitchError {
     #[error("this is the last PMD thread and there are receive queues to poll")]
     LastPmd,
     /// A frame to be sent has an impossible length.
-    #[error("a frame of {0} bytes cannot be sent: 14 to {MAX_INJECTED_BYTES}")]
+    #[error("a frame of {0} bytes cannot be sent: 14 to {MAX_INJECTED_BYTES} (or to the port's MTU)")]
     BadFrame(usize),
     /// No such VM.
     #[error("there is no VM number {0}")]
@@ -284,6 +286,7 @@ impl SwitchStats {
 struct PortRecord<K: Kinds> {
     options: PortOptions,
     tx: K::Tx,
+    divert: Option<Arc<Divert>>,
     vlan: Arc<VlanPolicy>,
     tx_ledgers: Arc<[TxLedger; MAX_THREADS]>,
     ledgers: Vec<Arc<RxLedger>>,
@@ -379,6 +382,7 @@ impl<K: Kinds> Switch<K> {
                     mtu => u32::from(mtu) + 18,
                 },
                 firewall: inner.firewall.ports.get(&id).map(|record| record.firewall.clone()),
+                divert: record.divert.clone(),
                 tx: record.tx.clone(),
                 tx_ledgers: Arc::clone(&record.tx_ledgers),
             };
@@ -537,6 +541,7 @@ impl<K: Kinds> Switch<K> {
             PortRecord {
                 options,
                 tx,
+                divert: None,
                 vlan: Arc::new(vlan),
                 tx_ledgers: Arc::new(core::array::from_fn(|_| TxLedger::default())),
                 homes: vec![None; ledgers.len()],
@@ -646,6 +651,30 @@ impl<K: Kinds> Switch<K> {
         }
         let pmd = inner.pmds.values().next().ok_or(SwitchError::NoPmd(0))?;
         pmd.mailbox.send(Command::Inject { ingress, frame: frame.to_vec() });
+        Ok(())
+    }
+
+    /// Has a port's frames taken by `divert` instead of its transmit side, or no longer (`None`). When it returns no PMD thread uses
+    /// what was there before.
+    pub fn set_divert(&self, port: PortId, divert: Option<Arc<Divert>>) -> Result<(), SwitchError> {
+        let mut inner = self.lock();
+        inner.ports.get_mut(&port).ok_or(SwitchError::NoPort(port))?.divert = divert;
+        self.publish(&inner);
+        Ok(())
+    }
+
+    /// Sends a frame to one port, as its guest is to receive it; the port's firewall judges it first. For frames that were kept in a
+    /// [`Divert`], here or on another host.
+    pub fn deliver(&self, output: PortId, frame: Vec<u8>) -> Result<(), SwitchError> {
+        if frame.len() < 14 || frame.len() > MAX_FRAME_BYTES as usize {
+            return Err(SwitchError::BadFrame(frame.len()));
+        }
+        let inner = self.lock();
+        if !inner.ports.contains_key(&output) {
+            return Err(SwitchError::NoPort(output));
+        }
+        let pmd = inner.pmds.values().next().ok_or(SwitchError::NoPmd(0))?;
+        pmd.mailbox.send(Command::Deliver { output, frame });
         Ok(())
     }
 

@@ -232,7 +232,8 @@ impl<K: Kinds> Worker<K> {
                     // The asker may have gone; then the queue is dropped, as it would have been there.
                     let _ = reply.send(found);
                 }
-                Command::Inject { ingress, frame } => self.inject(ingress, &frame),
+                Command::Inject { ingress, frame } => self.start(&frame, Next::Forward { ingress }),
+                Command::Deliver { output, frame } => self.deliver(output, &frame),
                 Command::Stop { reply } => {
                     let _ = reply.send(std::mem::take(&mut self.queues));
                     return false;
@@ -242,10 +243,30 @@ impl<K: Kinds> Worker<K> {
         true
     }
 
-    /// Sends a frame that the switch itself originates through the same path as received ones, but for the firewall of its port.
-    fn inject(&mut self, ingress: PortId, frame: &[u8]) {
-        self.router.stage.pending.push(frame, Next::Forward { ingress });
+    /// Sends a frame that came in through no port: one that the switch itself originates (through the same path as received ones, but
+    /// for the firewall of its port), or one that was kept for a port.
+    fn start(&mut self, frame: &[u8], next: Next) {
+        self.router.stage.pending.push(frame, next);
         self.send_pending();
+    }
+
+    /// Sends a frame to one port, whose firewall judges it.
+    fn deliver(&mut self, output: PortId, frame: &[u8]) {
+        let forwarding = self.forwarding.load(&self.guard);
+        let tag = packet::parse_l2(frame, frame.len() as u32).map(|l2| l2.vlan.map(|t| t.tci.vid().get()));
+        let port = forwarding.and_then(|f| f.port(output));
+        // The frame is as the guest is to see it, and what the guest may send it may be sent.
+        let vlan = match (port, tag) {
+            (Some(port), Ok(tag)) => port.vlan.ingress(tag),
+            _ => None,
+        };
+        match vlan {
+            Some(vlan) => self.start(frame, Next::ToPort { output, vlan, judge: true }),
+            None => {
+                self.injected.frames.add(1);
+                self.injected.drop_frames(DropReason::NoDestination, 1);
+            }
+        }
     }
 
     /// Sends the frames that the firewall left to be sent, and those that they lead to.
@@ -533,7 +554,8 @@ impl Router {
         port: &PortEntry<T>,
         sender: &mut Sender,
     ) -> bool {
-        let Some(firewall) = &port.firewall else { return true };
+        // Who takes a diverted frame in judges it.
+        let Some(firewall) = port.firewall.as_ref().filter(|_| port.divert.is_none()) else { return true };
         let end = End {
             firewall,
             port: port.id,

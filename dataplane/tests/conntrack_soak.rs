@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ferry_dataplane::conntrack::{
-    Change, ConnHandle, ConnMap, ConnTable, Connection, Cursor, Dirt, InsertError, Key, Observer, Removal, Stored,
-    newer, sample,
+    Change, ConnHandle, ConnMap, ConnTable, Connection, Cursor, Decision, Dirt, InsertError, Key, Observer, Removal,
+    Stored, newer, sample,
 };
 
 const THREADS: u32 = 4;
@@ -66,11 +66,11 @@ impl Observer for Limit {
 /// Every writer puts one number at both ends of the entry.
 fn mark(connection: &mut Connection, mark: u16) {
     connection.policy_generation = u32::from(mark);
-    connection.decision.0 = mark;
+    connection.decision = Decision::from_bits(mark);
 }
 
 fn assert_whole(c: &Connection) {
-    assert_eq!(c.policy_generation, u32::from(c.decision.0), "torn: {c:?}");
+    assert_eq!(c.policy_generation, u32::from(c.decision.bits()), "torn: {c:?}");
 }
 
 /// The limit is raised before the entry can go.
@@ -117,7 +117,7 @@ impl Worker<'_> {
         let key = self.own(n).key;
         let expected = self.mine[n as usize];
         let found = handle.lookup(&key, 0);
-        assert_eq!(found.map(|c| c.decision.0), expected, "own {n} of thread {}", self.thread);
+        assert_eq!(found.map(|c| c.decision.bits()), expected, "own {n} of thread {}", self.thread);
         let next = self.random.next() as u16;
         match found {
             Some(mut c) => {
@@ -265,7 +265,7 @@ fn nothing_is_lost_or_doubled() {
     for (worker, steps) in &workers {
         assert!(*steps > 0);
         for n in 0..worker.per_thread {
-            let found = map.get(&worker.own(n).key).map(|c| c.decision.0);
+            let found = map.get(&worker.own(n).key).map(|c| c.decision.bits());
             assert_eq!(found, worker.mine[n as usize], "own {n} of thread {}", worker.thread);
             expected += u64::from(found.is_some());
         }

@@ -8,6 +8,7 @@ use ferry_dataplane::bridge::fdb::PortId;
 use ferry_dataplane::bridge::vlan::VlanMode;
 use ferry_dataplane::clock::Clock;
 use ferry_dataplane::conntrack::{Connection, Cursor, TrackConfig};
+use ferry_dataplane::divert::Divert;
 use ferry_dataplane::enforce::{EventKind, VmId, VmOptions};
 use ferry_dataplane::firewall::policy::{
     Action, Direction, PolicyDocument, PortPolicy, PortRange, Protocol, Rule, SecurityGroup,
@@ -394,6 +395,10 @@ fn spoofed_frames_are_dropped_and_named() {
     for reason in ["spoof_source_mac", "spoof_source_ipv4", "spoof_arp_sender_address", "spoof_dhcp_server"] {
         assert_eq!(net.denied(0, Direction::Egress, reason), 1, "{reason}");
     }
+    let mut events = Vec::new();
+    net.switch.take_firewall_events(&mut events);
+    let spoofed = events.iter().filter_map(|e| e.flow).find(|f| f.src() == IpAddr::V4(B));
+    assert_eq!(spoofed.map(|f| f.dst_port()), Some(1), "told with its addresses");
     // Nor did the switch learn the stolen address.
     net.send(&net.out, &tcp((OUT_MAC, OUT, 4000), (B_MAC, B, 80), SYN, 100, 0, b""));
     assert_eq!((net.a.take().len(), net.b.take().len()), (0, 1));
@@ -480,6 +485,24 @@ fn one_vms_flood_leaves_the_others_alone() {
     }
     net.send(&net.a, &tcp((A_MAC, A, 9), (OUT_MAC, OUT, 80), SYN, 1, 0, b""));
     assert_eq!(net.out.take().len(), 1);
+}
+
+#[test]
+fn half_open_connections_make_room_at_the_limit() {
+    let net = Net::new(&["web"], |vm, _| vm.limits.max_connections = 20);
+    net.connect_to_a(4000);
+    for port in 0..60 {
+        net.send(&net.out, &tcp((OUT_MAC, OUT, 10_000 + port), (A_MAC, A, 80), SYN, 1, 0, b""));
+    }
+    assert_eq!(net.a.take().len(), 60, "each found room");
+    assert_eq!(net.switch.vm_status(net.vms[0]).unwrap().limits.connections, 20);
+    assert!(net.connections(0).iter().any(|c| c.assured() && c.key.remote_port == 4000), "never the established one");
+    // Established ones do not give way.
+    let full = Net::new(&["web"], |vm, _| vm.limits.max_connections = 3);
+    (4000..4003).for_each(|port| full.connect_to_a(port));
+    full.send(&full.out, &tcp((OUT_MAC, OUT, 4003), (A_MAC, A, 80), SYN, 1, 0, b""));
+    assert!(full.a.take().is_empty());
+    assert_eq!(full.denied(0, Direction::Ingress, "limit_connections"), 1);
 }
 
 #[test]
@@ -580,4 +603,63 @@ fn an_invalid_policy_changes_nothing() {
     document.security_groups.remove("web");
     assert!(matches!(net.switch.set_policy(document), Err(SwitchError::Policy(_))), "ports use the group");
     net.connect_to_a(4000);
+}
+
+#[test]
+fn a_staged_table_takes_the_place_of_the_vms_own() {
+    // B's connections as A's switch would send them: B is A on another host.
+    let source = Net::new(&["web"], |vm, _| vm.track = TrackConfig { tcp_loose: false, ..TrackConfig::default() });
+    source.connect_to_a(4000);
+    source.connect_to_a(4001);
+    let target = Net::new(&["web"], |vm, _| vm.track = TrackConfig { tcp_loose: false, ..TrackConfig::default() });
+    let staged = target.switch.stage_vm(target.vms[0]).unwrap();
+    let now_ms = target.now_ns.load(Ordering::Relaxed) / 1_000_000;
+    for connection in source.connections(0) {
+        let mut connection = connection;
+        connection.policy_generation = 0;
+        staged.import(&connection, now_ms);
+    }
+    let data = |port| tcp((OUT_MAC, OUT, port), (A_MAC, A, 80), ACK, 101, 501, b"hello");
+    target.send(&target.out, &data(4000));
+    assert!(target.a.take().is_empty(), "unknown before");
+    target.switch.activate_vm(target.vms[0], staged).unwrap();
+    target.send(&target.out, &data(4000));
+    target.send(&target.a, &tcp((A_MAC, A, 80), (OUT_MAC, OUT, 4001), ACK, 501, 101, b"hello"));
+    assert_eq!((target.a.take().len(), target.out.take().len()), (1, 1));
+    assert_eq!(target.switch.vm_status(target.vms[0]).unwrap().limits.connections, 2);
+    // Judged by the rules here, not by those there.
+    assert_eq!(target.switch.firewall_stats()[&target.ports[0]].ingress.reevaluated, 1);
+    assert_eq!(target.switch.firewall_stats()[&target.ports[0]].egress.reevaluated, 1);
+}
+
+#[test]
+fn diverted_frames_wait_and_are_judged_when_they_are_delivered() {
+    let net = Net::new(&["web"], |_, _| {});
+    let divert = Arc::new(Divert::new(4, 2048));
+    net.switch.set_divert(net.ports[0], Some(Arc::clone(&divert))).unwrap();
+    let syn = |port| tcp((OUT_MAC, OUT, port), (A_MAC, A, 80), SYN, 100, 0, b"");
+    for port in 1..=5 {
+        net.send(&net.out, &syn(port));
+    }
+    let mut denied = syn(6);
+    denied.splice(.., tcp((OUT_MAC, OUT, 6), (A_MAC, A, 22), SYN, 100, 0, b""));
+    assert!(net.a.take().is_empty());
+    assert_eq!((divert.stats().waiting, divert.stats().lost), (4, 1));
+    assert_eq!(net.connections(0).len(), 0, "not judged yet");
+    net.switch.set_divert(net.ports[0], None).unwrap();
+    let kept: Vec<_> = std::iter::from_fn(|| divert.pop()).collect();
+    assert_eq!(kept, (1..=4).map(syn).collect::<Vec<_>>());
+    for frame in kept.into_iter().chain([denied]) {
+        net.switch.deliver(net.ports[0], frame).unwrap();
+        net.sent.set(net.sent.get());
+    }
+    let end = Instant::now() + Duration::from_secs(10);
+    while net.switch.stats().originated.frames < 5 && Instant::now() < end {
+        std::thread::yield_now();
+    }
+    net.settle();
+    assert_eq!(net.a.take().len(), 4);
+    assert_eq!(net.connections(0).len(), 4);
+    assert_eq!(net.denied(0, Direction::Ingress, "fw_denied"), 1);
+    assert_eq!(divert.stats().waiting, 0);
 }

@@ -15,6 +15,7 @@ pub mod qmp;
 pub mod scenario;
 pub mod scratch;
 pub mod testpmd;
+pub mod two_hosts;
 pub mod wait;
 
 pub use agent::Agent;

@@ -12,6 +12,7 @@ pub mod features;
 #[cfg(any(test, fuzzing, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod memory;
+pub mod memory_rounds;
 mod message;
 pub mod net_header;
 pub mod port;

@@ -6,8 +6,11 @@ pub mod vlan;
 use std::sync::Arc;
 
 use crate::counters::TxLedger;
+use crate::divert::Divert;
 use crate::enforce::{PortFirewall, VmFirewall};
-use crate::qsbr::MAX_THREADS;
+use crate::frame::TxFrame;
+use crate::port::{TxCapabilities, TxPort, TxReport};
+use crate::qsbr::{Guard, MAX_THREADS};
 use fdb::{Fdb, PortId};
 use vlan::VlanPolicy;
 
@@ -44,10 +47,32 @@ pub struct PortEntry<T> {
     pub max_frame_bytes: u32,
     /// Its firewall; `None`: frames pass unjudged.
     pub firewall: Option<PortFirewall>,
+    /// Takes its frames instead of its transmit side, while its VM is on the move.
+    pub divert: Option<Arc<Divert>>,
     /// Its transmit side.
     pub tx: T,
     /// One transmit ledger per PMD thread.
     pub tx_ledgers: Arc<[TxLedger; MAX_THREADS]>,
+}
+
+impl<T: TxPort> PortEntry<T> {
+    /// What whoever takes the port's frames now can do.
+    #[inline]
+    pub(crate) fn capabilities(&self, guard: &Guard) -> TxCapabilities {
+        match &self.divert {
+            None => self.tx.capabilities(guard),
+            Some(_) => TxCapabilities::default(),
+        }
+    }
+
+    /// Sends frames; [`TxPort::flush`] is still to come.
+    #[inline]
+    pub(crate) fn send(&self, guard: &Guard, frames: &[TxFrame<'_>], report: &mut TxReport) {
+        match &self.divert {
+            None => self.tx.send(guard, guard.index(), frames, report),
+            Some(divert) => divert.send(frames, report),
+        }
+    }
 }
 
 /// The whole picture.

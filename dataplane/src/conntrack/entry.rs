@@ -245,6 +245,18 @@ impl Decision {
     const SOURCE_COUNTED: u16 = 1 << 13;
     const ADMITTED: u16 = 1 << 12;
 
+    /// All of it as a number.
+    #[inline]
+    pub const fn bits(self) -> u16 {
+        self.0
+    }
+
+    /// From a number of [`Self::bits`].
+    #[inline]
+    pub const fn from_bits(bits: u16) -> Self {
+        Self(bits)
+    }
+
     /// The policy of [`Connection::policy_generation`] lets the connection's packets pass.
     #[inline]
     pub const fn allowed(self) -> bool {

@@ -40,7 +40,7 @@ pub struct FirewallEvent {
     pub log: bool,
     /// Generation of the port's rules.
     pub generation: u32,
-    /// Who with whom; `None` where the packet was too broken, or not IP.
+    /// Who with whom, as the packet says (of a spoofed one, too); `None` where it is too broken, or not IP.
     pub flow: Option<Flow>,
     /// Source and destination MAC address.
     pub macs: (MacAddr, MacAddr),

@@ -2,6 +2,7 @@
 use std::sync::Arc;
 
 use super::events::{EventKind, EventRing, FirewallEvent};
+use super::hint;
 use super::pending::{Next, Pending};
 use super::port::{FirewallCounters, PortFirewall, PortRules};
 use crate::bridge::fdb::PortId;
@@ -257,6 +258,11 @@ impl Stage {
         }
         let vm = &*end.firewall.vm;
         let source = connection.opener();
+        let mut table = vm.table(self.thread);
+        if vm.limits().at_connection_limit() {
+            // As with a full table: who may go makes room, so that half-open connections do not shut out new ones.
+            table.make_room(end.now_ms());
+        }
         let mut admission = match vm.limits().admit(source, end.now_ns) {
             Ok(admission) => admission,
             Err(why) => {
@@ -268,7 +274,7 @@ impl Stage {
         }
         connection.policy_generation = end.rules().generation;
         connection.decision = connection.decision.with_allowed().with_admission(admission);
-        match vm.table(self.thread).insert(connection, end.now_ms()) {
+        match table.insert(connection, end.now_ms()) {
             Ok(()) => {
                 if let Some(counters) = self.counters(end) {
                     counters.opened.add(1);
@@ -417,6 +423,10 @@ impl Stage {
             return self.events.lose();
         }
         let l2 = packet::parse_l2(head, head.len() as u32).ok();
+        let guess = || {
+            let l2 = l2?;
+            hint::flow(head, l2.ethertype, usize::from(l2.len), end.toward, end.firewall.zone(end.vlan))
+        };
         self.events.push(FirewallEvent {
             time_ns: end.now_ns,
             port: end.port,
@@ -426,7 +436,7 @@ impl Stage {
             rule,
             log,
             generation: end.rules().generation,
-            flow,
+            flow: flow.or_else(guess),
             macs: l2.map_or((MacAddr::default(), MacAddr::default()), |l2| (l2.src_mac, l2.dst_mac)),
             ethertype: l2.map_or(EtherType(0), |l2| l2.ethertype),
         });

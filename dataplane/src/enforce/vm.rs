@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::VmId;
 use crate::conntrack::{
-    ConnHandle, ConnMap, Connection, Cursor, Decision, Dirt, FragmentQueue, FragmentStats, Imported, MapError,
-    MapStats, Observer, Removal, TrackConfig,
+    ConnHandle, ConnMap, Connection, Cursor, Dirt, FragmentQueue, FragmentStats, Imported, Key, MapError, MapStats,
+    Observer, Removal, TrackConfig,
 };
 use crate::firewall::limits::{LimitsConfig, LimitsStatus, VmLimits};
 use crate::firewall::token_bucket::{Rate, TokenBucket};
@@ -50,6 +50,13 @@ impl VmOptions {
     }
 }
 
+impl VmOptions {
+    /// No more connections than the table holds.
+    fn effective_limits(&self) -> LimitsConfig {
+        LimitsConfig { max_connections: self.limits.max_connections.min(self.capacity), ..self.limits }
+    }
+}
+
 /// One VM's firewall state, shared by all PMD threads and the control side.
 pub struct VmFirewall {
     id: VmId,
@@ -89,7 +96,7 @@ impl VmFirewall {
             id,
             name: options.name.clone(),
             map: ConnMap::new(options.capacity, seed)?,
-            limits: VmLimits::new(&options.limits, seed[0] ^ seed[1].rotate_left(32)),
+            limits: VmLimits::new(&options.effective_limits(), seed[0] ^ seed[1].rotate_left(32)),
             fragments: Mutex::new(FragmentQueue::new()),
             log_new: AtomicBool::new(options.log_new),
             events: TokenBucket::default(),
@@ -98,7 +105,7 @@ impl VmFirewall {
 
     /// Changes what can be changed in place: limits and logging.
     pub(crate) fn reconfigure(&self, options: &VmOptions) {
-        self.limits.reconfigure(&options.limits);
+        self.limits.reconfigure(&options.effective_limits());
         self.log_new.store(options.log_new, Relaxed);
     }
 
@@ -193,32 +200,30 @@ impl VmFirewall {
         }) {}
     }
 
+    /// Takes over one connection, unless a newer version of it is here.
     fn adopt(&self, connection: &Connection, now_ms: u64) {
         if !connection.is_expired(now_ms) {
-            self.store(connection, connection.decision.counts_half_open(), now_ms);
+            self.import(connection, now_ms);
         }
     }
 
-    /// Takes over a connection from another host under its version ([`ConnMap::import`]), counting it in this VM's limits without asking
-    /// them. The policy has not judged it here: its next packet makes it.
+    /// Takes in a connection from elsewhere, counting it in this VM's limits without asking them. The caller has made sure that
+    /// it is one of this VM's; the rules judge it on its next packet, when its generation is not theirs.
     pub fn import(&self, connection: &Connection, now_ms: u64) -> Imported {
-        let mut unjudged = *connection;
-        unjudged.policy_generation = 0;
-        unjudged.decision = Decision::default();
-        self.store(&unjudged, unjudged.is_half_open(), now_ms)
-    }
-
-    fn store(&self, connection: &Connection, half_open: bool, now_ms: u64) -> Imported {
         let source = connection.opener();
-        let admission = self.limits.adopt(source, half_open);
+        let admission = self.limits.adopt(source, connection.decision.counts_half_open());
         let mut connection = *connection;
         connection.decision = connection.decision.with_admission(admission);
         let imported = self.map.import(&connection, now_ms, self);
-        match imported {
-            Imported::Added | Imported::Replaced => {}
-            Imported::Older | Imported::Full => self.limits.release(source, admission),
+        if matches!(imported, Imported::Older | Imported::Full) {
+            self.limits.release(source, admission);
         }
         imported
+    }
+
+    /// Deletes a connection that has ended elsewhere, unless its version here is newer.
+    pub fn delete(&self, key: &Key, version: u32) -> bool {
+        self.map.delete_matching(key, version, self)
     }
 
     /// How it is.

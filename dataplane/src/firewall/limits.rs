@@ -316,6 +316,12 @@ impl VmLimits {
         self.limit_sources.store(u32::from(!source.is_unlimited()), Relaxed);
     }
 
+    /// The VM has all its connections.
+    #[inline]
+    pub fn at_connection_limit(&self) -> bool {
+        self.connections.load(Relaxed) >= self.max_connections.load(Relaxed)
+    }
+
     /// Asks for a new, half-open connection opened by `source`.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use crate::enforce::{
     FirewallEvent, MAX_VM_PORTS, PortFirewall, PortFirewallStats, PortRules, VmFirewall, VmId, VmOptions, VmStatus,
 };
 use crate::firewall::explain::RuleLine;
-use crate::firewall::policy::{PolicyDocument, PortPolicy, SecurityGroup};
+use crate::firewall::policy::{PolicyDocument, PortPolicy};
 use crate::firewall::reject::Rejector;
 use crate::firewall::spoof::{SpoofConfig, SpoofTable};
 use crate::firewall::{AddressBook, AddressIndex, Cidr, CompileOptions, CompiledPolicy, SetKey, compile};
@@ -189,18 +189,16 @@ impl State {
 }
 
 /// The rules of a port would compile to the same.
-fn same_rules(old: &PortRecord, document: &PolicyDocument, policy: &PortPolicy) -> bool {
-    let group = |document: &PolicyDocument, name: &String| -> Option<SecurityGroup> {
-        document.security_groups.get(name).cloned()
-    };
+fn same_rules(old: &PortRecord, document: &Arc<PolicyDocument>, policy: &PortPolicy) -> bool {
     let compiled_from = |p: &PortPolicy| PortPolicy {
         anti_spoofing: SpoofConfig::default(),
         limits: Default::default(),
         reject: Default::default(),
         ..p.clone()
     };
+    let same_group = |name: &String| old.document.security_groups.get(name) == document.security_groups.get(name);
     compiled_from(&old.policy) == compiled_from(policy)
-        && policy.security_groups.iter().all(|name| group(&old.document, name) == group(document, name))
+        && (Arc::ptr_eq(&old.document, document) || policy.security_groups.iter().all(same_group))
 }
 
 /// The members of every group are the addresses of the ports that are in it.
@@ -285,6 +283,39 @@ impl<K: Kinds> Switch<K> {
             firewall.adopt_changes(&old, now_ms);
         }
         Ok(())
+    }
+
+    /// An empty firewall with a VM's settings, for connections that come from elsewhere: it is filled ([`VmFirewall::import`]) while
+    /// the VM's own goes on, and takes its place by [`Self::activate_vm`], or is dropped.
+    ///
+    /// # Errors
+    /// No such VM, or no memory.
+    pub fn stage_vm(&self, id: VmId) -> Result<Arc<VmFirewall>, SwitchError> {
+        let options = self.lock().firewall.vms.get(&id).ok_or(SwitchError::NoVm(id))?.options.clone();
+        let staged = VmFirewall::new(id, &options, random_seed()).map_err(|e| SwitchError::Table(e.to_string()))?;
+        Ok(Arc::new(staged))
+    }
+
+    /// Puts a staged firewall in the place of the VM's own, which is dropped with its connections. When it returns every PMD thread
+    /// uses the new one.
+    ///
+    /// # Errors
+    /// No such VM.
+    pub fn activate_vm(&self, id: VmId, staged: Arc<VmFirewall>) -> Result<(), SwitchError> {
+        let mut inner = self.lock();
+        let record = inner.firewall.vms.get_mut(&id).ok_or(SwitchError::NoVm(id))?;
+        // The settings may have changed since it was staged.
+        staged.reconfigure(&record.options);
+        record.firewall = staged;
+        inner.replan()?;
+        self.publish(&inner);
+        Ok(())
+    }
+
+    /// Waits until every PMD thread has seen what was changed before: so that, with [`crate::conntrack::ConnMap::set_tracking`] on,
+    /// no change goes unnoticed from now on.
+    pub fn synchronize(&self) {
+        self.domain.synchronize();
     }
 
     /// Removes a VM that has no ports, with its connections.

@@ -66,6 +66,11 @@ pub enum TraceStage {
         /// With this tag.
         tag: Option<u16>,
     },
+    /// Firewalled ports that a flooded frame is not shown to: it is for another station.
+    Foreign {
+        /// The ports.
+        ports: Vec<String>,
+    },
     /// Where it does not go out.
     Refused {
         /// The port.
@@ -118,6 +123,10 @@ impl fmt::Display for TraceStage {
             Self::Fdb { port: None } => f.write_str("fdb: destination unknown or a group: flooded"),
             Self::Output { port, tag: Some(tag) } => write!(f, "output: port {port}, tag {tag}"),
             Self::Output { port, tag: None } => write!(f, "output: port {port}, untagged"),
+            Self::Foreign { ports } if ports.len() > 8 => {
+                write!(f, "not shown to {} firewalled ports: not for their stations", ports.len())
+            }
+            Self::Foreign { ports } => write!(f, "not shown to {}: not for their stations", ports.join(", ")),
             Self::Refused { port, reason } => write!(f, "no output to port {port}: {reason}"),
         }
     }
@@ -220,17 +229,20 @@ impl<K: Kinds> Inner<K> {
                     **id != ingress && p.options.bridge == record.options.bridge && p.vlan.egress(vlan).is_some()
                 });
                 let mut last = Ok(());
+                let mut others = Vec::new();
                 for (&member, _) in members {
                     let foreign = self.firewall.ports.get(&member).is_some_and(|fw| {
                         let spoof = &fw.firewall.rules.spoof;
                         spoof.is_enabled() && !l2.dst_mac.is_multicast() && !spoof.has_mac(l2.dst_mac)
                     });
                     if foreign {
-                        let reason = DropReason::FwNotForPort.name();
-                        trace.stages.push(TraceStage::Refused { port: name(member), reason });
+                        others.push(name(member));
                     } else if let Err(reason) = self.trace_to(trace, member, vlan, frame, now_ns) {
                         last = Err(reason);
                     }
+                }
+                if !others.is_empty() {
+                    trace.stages.push(TraceStage::Foreign { ports: others });
                 }
                 if trace.outputs.is_empty() { last } else { Ok(()) }
             }

@@ -226,6 +226,7 @@ fn worker(
             fdb_limit: u32::MAX,
             max_frame_bytes: 0,
             firewall,
+            divert: None,
             tx: SyntheticTx(Arc::new(Sink(UnsafeCell::new(vec![0; BURST * SLOT_BYTES])))),
             tx_ledgers: Arc::new(core::array::from_fn(|_| TxLedger::default())),
         }))

@@ -67,6 +67,14 @@ impl<'a> ConnHandle<'a> {
     }
 }
 
+impl ConnHandle<'_> {
+    /// Evicts one connection as a full table would, because a limit below its capacity is reached. False when nothing may go.
+    #[cold]
+    pub fn make_room(&mut self, now_ms: u64) -> bool {
+        self.map.evict(now_ms, self.observer, self.thread)
+    }
+}
+
 impl ConnTable for ConnHandle<'_> {
     #[inline]
     fn lookup(&mut self, key: &Key, now_ms: u64) -> Option<Connection> {

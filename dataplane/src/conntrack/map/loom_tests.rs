@@ -109,7 +109,7 @@ fn race<const N: usize>(
 fn marked(n: u32, mark: u16) -> Connection {
     let mut c = sample(n);
     c.policy_generation = n << 8 | u32::from(mark);
-    c.decision = Decision((n as u16) << 8 | mark);
+    c.decision = Decision::from_bits((n as u16) << 8 | mark);
     c
 }
 
@@ -119,8 +119,8 @@ fn versioned(mut c: Connection, version: u32) -> Connection {
 }
 
 fn assert_whole(c: &Connection) {
-    assert_eq!(c.policy_generation, u32::from(c.decision.0), "torn");
-    assert_eq!(c.decision.0 >> 8, c.key.remote_port, "another connection's");
+    assert_eq!(c.policy_generation, u32::from(c.decision.bits()), "torn");
+    assert_eq!(c.decision.bits() >> 8, c.key.remote_port, "another connection's");
 }
 
 /// When all threads have come to rest: every entry in the index once, no key twice, every slot an entry or free, and the count right.
@@ -167,7 +167,7 @@ fn loom_two_insertions_of_one_key_are_one() {
             assert_eq!(won.iter().sum::<u32>(), 1, "{won:?}");
             let entries = assert_sound(&s.map);
             assert_eq!(entries.len(), 1);
-            assert_eq!(entries[0].decision.0 & 0xff, if won[0] == 1 { 1 } else { 2 });
+            assert_eq!(entries[0].decision.bits() & 0xff, if won[0] == 1 { 1 } else { 2 });
         },
     );
 }
@@ -275,7 +275,7 @@ fn loom_of_two_updates_of_one_copy_one_is_stored() {
         |s, stored| {
             assert_eq!(stored.iter().sum::<u32>(), 1);
             let entries = assert_sound(&s.map);
-            assert_eq!(entries[0].decision.0 & 0xff, if stored[0] == 1 { 2 } else { 3 });
+            assert_eq!(entries[0].decision.bits() & 0xff, if stored[0] == 1 { 2 } else { 3 });
             assert_eq!(entries[0].version, next(s.copy().version));
         },
     );
@@ -527,7 +527,7 @@ fn loom_import_against_insertion() {
             assert_eq!(inserted, u32::from(imported != 0));
             assert_eq!(s.count.get(), usize::from(imported == 1));
             if imported != 2 {
-                assert_eq!((entries[0].version, entries[0].decision.0 & 0xff), (9, 2));
+                assert_eq!((entries[0].version, entries[0].decision.bits() & 0xff), (9, 2));
             }
         },
     );
