@@ -1,8 +1,9 @@
 //! What a migration needs of a VM's connection table, on each side.
 use std::sync::Arc;
 
-use ferry_dataplane::conntrack::{ConnMap, Connection, Cursor, Dirt, Imported, Key, Uncollected};
+use ferry_dataplane::conntrack::{ConnMap, Connection, Cursor, Decision, Dirt, Imported, Key, Uncollected};
 use ferry_dataplane::enforce::VmFirewall;
+use ferry_dataplane::firewall::limits::Admission;
 
 /// The table at the source: read while traffic changes it, and never changed. Semantics are those of the functions of [`ConnMap`] that
 /// the methods are named after.
@@ -182,11 +183,16 @@ impl TargetTable for Staging {
     }
 
     fn import(&self, connection: &Connection, now_ms: u64) -> Imported {
-        self.firewall.import(connection, now_ms)
+        let mut unjudged = *connection;
+        unjudged.policy_generation = 0;
+        // How it is counted is this host's affair; whether it is half-open shows its state.
+        let admission = Admission { tracked_source: false, half_open: connection.is_half_open() };
+        unjudged.decision = Decision::default().with_admission(admission);
+        self.firewall.import(&unjudged, now_ms)
     }
 
     fn delete(&self, key: &Key, version: u32) -> bool {
-        self.firewall.map().delete_matching(key, version, &*self.firewall)
+        self.firewall.delete(key, version)
     }
 
     fn has(&self, key: &Key) -> bool {
