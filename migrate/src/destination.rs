@@ -545,6 +545,8 @@ impl<T: TargetTable> Destination<T> {
                 }
                 stage.round = round;
                 stage.last = true;
+                // The VM has stopped before the last round was acknowledged: nobody waits for that any more.
+                stage.end = None;
             }
             Message::RoundEnd(mark) if !stage.last && stage.end.is_none() && mark.round == stage.round => {
                 stage.end = Some(End { mark, last: false, lagging: 0 });
@@ -559,11 +561,7 @@ impl<T: TargetTable> Destination<T> {
             Message::Resume if stage.last && agreed.capabilities & capability::RESUME != 0 => {
                 stage.last = false;
                 stage.end = None;
-                if stage.committed.take().is_some() {
-                    out.push(Action::Withdraw);
-                    // What expired meanwhile has been deleted.
-                    stage.entries = stage.table.len().try_into().unwrap_or(u32::MAX);
-                }
+                stage.uncommit(out);
                 out.push(Action::Report(Report::Resumed));
                 self.drop_waiting();
             }
@@ -585,14 +583,12 @@ impl<T: TargetTable> Destination<T> {
             return;
         }
         // The control connection may be behind, so the batch's own round may be ahead.
-        if batch.sequence > stage.batches || batch.items.len() > MAX_BATCH_ITEMS || stage.committed.is_some() {
+        if batch.sequence > stage.batches || batch.items.len() > MAX_BATCH_ITEMS {
             self.broken("batch out of order", out);
             return;
         }
-        if stage.end.is_some_and(|end| stage.batches >= end.mark.batches) {
-            self.broken("batch after the round's end", out);
-            return;
-        }
+        // More after the commit: the VM runs on at the source. The bulk connection was faster than the word of it.
+        stage.uncommit(out);
         stage.digest.add(&batch);
         stage.batches += 1;
         stage.items += batch.items.len() as u64;
@@ -609,6 +605,11 @@ impl<T: TargetTable> Destination<T> {
         let Some(stage) = &mut self.stage else { return };
         let Some(end) = stage.end else { return };
         if stage.batches < end.mark.batches {
+            return;
+        }
+        if stage.batches > end.mark.batches {
+            // The source has gone on without waiting for the answer: the VM has stopped, or runs on. The word of it is on its way.
+            stage.end = None;
             return;
         }
         let found =
@@ -729,6 +730,14 @@ impl<T: TargetTable> Destination<T> {
 }
 
 impl<T: TargetTable> Stage<T> {
+    fn uncommit(&mut self, out: &mut Vec<Action<T>>) {
+        if self.committed.take().is_some() {
+            out.push(Action::Withdraw);
+            // What expired meanwhile has been deleted.
+            self.entries = self.table.len().try_into().unwrap_or(u32::MAX);
+        }
+    }
+
     fn apply(&mut self, batch: Batch, now_ms: u64, crowd: usize) {
         if batch.clear {
             self.table.clear();

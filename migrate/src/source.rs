@@ -19,6 +19,9 @@ use crate::message::{
 use crate::rounds::{Estimate, RoundLimits, RoundReport, Rounds};
 use crate::table::SourceTable;
 
+/// How often the table's deletions are collected, milliseconds.
+const DRAIN_INTERVAL_MS: u64 = 4;
+
 /// The source's bounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SourceLimits {
@@ -316,6 +319,7 @@ pub struct Source<T> {
     /// Bytes that may be sent.
     tokens: u64,
     tokens_ms: u64,
+    ticked_ms: u64,
     heard_ms: u64,
     pinged_ms: u64,
     nonce: u64,
@@ -345,6 +349,7 @@ impl<T: SourceTable> Source<T> {
             redirected_bytes: 0,
             tokens: 0,
             tokens_ms: 0,
+            ticked_ms: 0,
             heard_ms: 0,
             pinged_ms: 0,
             nonce: 0,
@@ -394,7 +399,8 @@ impl<T: SourceTable> Source<T> {
     pub fn next_tick_ms(&self, now_ms: u64) -> Option<u64> {
         let phase = match self.phase {
             Phase::Idle | Phase::Committed { .. } => None,
-            Phase::Copying { .. } if self.rounds.is_running() => Some(now_ms + 1),
+            Phase::Copying { .. } if self.rounds.is_running() => Some(self.ticked_ms + 1),
+            Phase::Copying { .. } if self.memory_round => Some(now_ms),
             Phase::Copying { .. } => Some(self.round_ended_ms + self.limits.round_interval_ms),
             Phase::Waiting { until_ms }
             | Phase::Connecting { until_ms }
@@ -412,7 +418,7 @@ impl<T: SourceTable> Source<T> {
             _ => None,
         };
         // Deletions are drained all the time.
-        let drain = self.tracking.then_some(now_ms + 4);
+        let drain = self.tracking.then_some(self.ticked_ms + DRAIN_INTERVAL_MS);
         let alive = self.is_talking().then_some(
             (self.pinged_ms + self.limits.ping_interval_ms).min(self.heard_ms + self.limits.silence_timeout_ms),
         );
@@ -837,6 +843,7 @@ impl<T: SourceTable> Source<T> {
     // ---- time
 
     fn tick(&mut self, room_bytes: usize, now_ms: u64, out: &mut Vec<Action>) {
+        self.ticked_ms = now_ms;
         if self.tracking && !matches!(self.phase, Phase::Preparing { .. }) {
             self.rounds.drain(&self.table);
         }

@@ -11,8 +11,6 @@ use ferry_dataplane::offload::checksum::internet_checksum;
 use crate::rng::Rng;
 
 pub const VM: [u8; 4] = [10, 0, 0, 1];
-/// An address that is not the VM's.
-pub const STRANGER: [u8; 4] = [10, 0, 0, 9];
 const SYN: u8 = 2;
 const ACK: u8 = 16;
 const FIN: u8 = 1;
