@@ -13,6 +13,11 @@
 //!   missing that existed then; what came after it is newer.
 //! - A channel that is lost before the commit leaves a usable table for [`DestinationLimits::orphan_timeout_ms`], since QEMU's migration may
 //!   end all the same. A committed one stays for [`DestinationLimits::commit_timeout_ms`]. Then its memory is freed.
+//! - A commit stands for the VM's last stop only as long as the source does not take it back. If the channel is lost without a word, that
+//!   may have happened unheard. So a destination that has committed asks the source every [`DestinationLimits::confirm_interval_ms`], and the
+//!   commit counts as *confirmed* for [`DestinationLimits::confirmed_ms`] after a question that was answered was sent. A source that takes a
+//!   commit back lets no later stop go uncommitted for longer than that ([`crate::source::SourceLimits::fence_ms`]). An unconfirmed
+//!   commit begins as [`Began::Unconfirmed`]: its table is whole, but may be of an earlier stop.
 //! - Another migration of the VM by the same host takes the place of one that has not been activated: the host knows that the VM runs there.
 //!   Another host's is refused.
 use std::collections::{BTreeMap, VecDeque};
@@ -37,6 +42,11 @@ pub struct DestinationLimits {
     pub orphan_timeout_ms: u64,
     /// A committed table stays for so long after the commit or the last word of the source, milliseconds.
     pub commit_timeout_ms: u64,
+    /// Between a committed destination's questions whether the commit stands, milliseconds.
+    pub confirm_interval_ms: u64,
+    /// How long an answer to one holds, from the question on, milliseconds. Less than the source's
+    /// [`fence_ms`](crate::source::SourceLimits::fence_ms) by the time that a message may take.
+    pub confirmed_ms: u64,
     /// After the start of the VM late frames are taken for so long, milliseconds.
     pub redirect_ms: u64,
     /// Most bytes of frames that wait for the VM to start.
@@ -56,6 +66,8 @@ impl Default for DestinationLimits {
             silence_timeout_ms: 5000,
             orphan_timeout_ms: 10_000,
             commit_timeout_ms: 60_000,
+            confirm_interval_ms: 5,
+            confirmed_ms: 30,
             redirect_ms: 10_000,
             waiting_bytes: 4 << 20,
             waiting_frames: 4096,
@@ -116,7 +128,7 @@ pub enum Action<T> {
     },
     /// Put this table in the place of the VM's.
     Install(T),
-    /// Put an empty table in its place again.
+    /// Put an empty table in the place of the VM's.
     Withdraw,
     /// The VM runs. Announce it.
     Activate {
@@ -202,6 +214,17 @@ struct End {
     lagging: u32,
 }
 
+/// The point of commitment has passed.
+#[derive(Clone, Copy, Debug)]
+struct Committed {
+    /// Entries whose windows are not the last ones.
+    lagging: u32,
+    /// When the last question that was answered was sent; at first, the commit.
+    confirmed_ms: u64,
+    /// When the last question was sent.
+    asked_ms: u64,
+}
+
 /// The connections that have arrived.
 struct Stage<T> {
     table: T,
@@ -221,8 +244,8 @@ struct Stage<T> {
     crowd: BTreeMap<Key, Connection>,
     refused: u64,
     dropped: u64,
-    /// All have arrived; lagging entries.
-    committed: Option<u32>,
+    /// All have arrived.
+    committed: Option<Committed>,
     /// Is dropped then, if nobody is there to speak for it.
     until_ms: u64,
 }
@@ -299,7 +322,9 @@ impl<T: TargetTable> Destination<T> {
         let silence = (self.talk != Talk::None).then(|| self.heard_ms + self.limits.silence_timeout_ms);
         let step = self.awaits_step().then(|| self.step_ms + self.limits.step_timeout_ms);
         let stage = self.stage.as_ref().filter(|_| !self.is_spoken_for()).map(|stage| stage.until_ms);
-        [silence, step, stage, self.active_until_ms].into_iter().flatten().min()
+        let committed = self.stage.as_ref().filter(|_| self.is_spoken_for()).and_then(|stage| stage.committed);
+        let confirm = committed.map(|committed| committed.asked_ms + self.limits.confirm_interval_ms);
+        [silence, step, stage, confirm, self.active_until_ms].into_iter().flatten().min()
     }
 
     fn awaits_step(&self) -> bool {
@@ -371,7 +396,14 @@ impl<T: TargetTable> Destination<T> {
         self.step_ms = now_ms;
         match (message, self.talk) {
             (Message::Ping { nonce }, _) => out.push(Action::Send(Message::Pong { nonce })),
-            (Message::Pong { .. }, _) => {}
+            (Message::Pong { nonce }, _) => {
+                // The question's nonce is when it was asked.
+                if let Some(committed) = self.stage.as_mut().and_then(|stage| stage.committed.as_mut())
+                    && nonce <= committed.asked_ms
+                {
+                    committed.confirmed_ms = committed.confirmed_ms.max(nonce);
+                }
+            }
             (Message::Hello(hello), Talk::Fresh) => match self.abilities.negotiate(&hello) {
                 Ok(agreed) => {
                     self.talk = Talk::Greeted(agreed);
@@ -631,7 +663,7 @@ impl<T: TargetTable> Destination<T> {
             dropped: stage.dropped,
         };
         if end.last {
-            stage.committed = Some(end.lagging);
+            stage.committed = Some(Committed { lagging: end.lagging, confirmed_ms: now_ms, asked_ms: now_ms });
             stage.until_ms = now_ms + self.limits.commit_timeout_ms;
             out.push(Action::Install(stage.table.clone()));
             out.push(Action::Send(Message::FinalAck(ack)));
@@ -655,7 +687,12 @@ impl<T: TargetTable> Destination<T> {
             return;
         };
         let (began, liberal) = match (stage.committed, stage.usable, stage.when_late) {
-            (Some(0), ..) => (Began::Complete, false),
+            (Some(committed), ..)
+                if !self.is_spoken_for() || now_ms > committed.confirmed_ms + self.limits.confirmed_ms =>
+            {
+                (Began::Unconfirmed, stage.when_late == WhenLate::FailOpen)
+            }
+            (Some(Committed { lagging: 0, .. }), ..) => (Began::Complete, false),
             (Some(_), ..) => (Began::Lagging, true),
             (None, true, WhenLate::FailOpen) => {
                 stage.seat_crowd(now_ms, true);
@@ -665,6 +702,10 @@ impl<T: TargetTable> Destination<T> {
             (None, _, WhenLate::FailOpen) => (Began::Empty, true),
             (None, _, WhenLate::FailClosed) => (Began::Empty, false),
         };
+        if began == Began::Empty {
+            // Whatever an earlier stay of the VM has left.
+            out.push(Action::Withdraw);
+        }
         self.active_until_ms = Some(now_ms + self.limits.redirect_ms);
         out.push(Action::Activate { began, liberal });
         if self.is_spoken_for() {
@@ -719,6 +760,13 @@ impl<T: TargetTable> Destination<T> {
             out.push(Action::Send(Message::Abort { reason: AbortReason::Timeout, note: Note::lossy("silence") }));
             self.hang_up(now_ms);
             out.push(Action::Disconnect);
+        }
+        if let (Talk::Open(_), Some(committed)) =
+            (self.talk, self.stage.as_mut().and_then(|stage| stage.committed.as_mut()))
+            && now_ms >= committed.asked_ms + self.limits.confirm_interval_ms
+        {
+            committed.asked_ms = now_ms;
+            out.push(Action::Send(Message::Ping { nonce: now_ms }));
         }
         if !self.is_spoken_for() && self.stage.as_ref().is_some_and(|stage| now_ms >= stage.until_ms) {
             self.discard(AbortReason::Timeout, out);

@@ -415,6 +415,9 @@ pub enum Began {
     Partial,
     /// With no connection.
     Empty,
+    /// With everything that the source had at an earlier stop; whether the VM ran on there afterwards cannot be told, because the source
+    /// has not been heard since.
+    Unconfirmed,
 }
 
 /// What is said on the control connection. The order of the variants is part of the protocol.

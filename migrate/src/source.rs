@@ -10,6 +10,8 @@
 //!
 //! - The reply that QEMU waits for ([`Event::ReplyHeld`]) is released by [`Action::Release`], at the commit, at
 //!   [`SourceLimits::hold_limit_ms`], or when no commit can come any more, whichever is first; exactly once for each time it is held.
+//! - A commit that is taken back ([`Event::Kick`]) may leave a destination that has not heard of it, if the channel broke in this moment. So
+//!   a later stop is not let go uncommitted within [`SourceLimits::fence_ms`]: after that the destination knows that it knows nothing.
 //! - Past the limit the final delta goes on: if it is committed before the VM starts at the destination, the VM starts with everything.
 //! - A channel that is lost while the VM runs is set up again, [`SourceLimits::attempts`] times, and the migration begins anew.
 use crate::batch::{Batch, CONNECTION_BYTES};
@@ -27,6 +29,10 @@ const DRAIN_INTERVAL_MS: u64 = 4;
 pub struct SourceLimits {
     /// Longest that QEMU's GET_VRING_BASE is held for the final delta, milliseconds.
     pub hold_limit_ms: u64,
+    /// For so long after the VM ran on here, or this machine began, a reply is released for failure only at its end, milliseconds; at most
+    /// [`Self::hold_limit_ms`]. More than the destination's
+    /// [`confirmed_ms`](crate::destination::DestinationLimits::confirmed_ms) by the time that a message may take.
+    pub fence_ms: u64,
     /// From so long after the VM's stop on, no more lagging entries are sent, milliseconds; less than [`Self::hold_limit_ms`].
     pub final_lagging_ms: u64,
     /// For the channel to come up, milliseconds.
@@ -63,6 +69,7 @@ impl Default for SourceLimits {
     fn default() -> Self {
         Self {
             hold_limit_ms: 50,
+            fence_ms: 45,
             final_lagging_ms: 20,
             connect_timeout_ms: 5000,
             reply_timeout_ms: 10_000,
@@ -302,6 +309,10 @@ pub struct Source<T> {
     guest: Guest,
     /// The reply waits since.
     held_ms: Option<u64>,
+    /// No release for failure before; `None`: no event so far.
+    fence_until_ms: Option<u64>,
+    /// A release for failure waits for that.
+    failed: bool,
     logging: bool,
     phase: Phase,
     tracking: bool,
@@ -336,6 +347,8 @@ impl<T: SourceTable> Source<T> {
             table,
             guest: Guest::Running,
             held_ms: None,
+            fence_until_ms: None,
+            failed: false,
             logging: false,
             phase: Phase::Idle,
             tracking: false,
@@ -410,7 +423,10 @@ impl<T: SourceTable> Source<T> {
             | Phase::Acking { until_ms, .. }
             | Phase::Ending { until_ms, .. } => Some(until_ms),
         };
-        let hold = self.held_ms.map(|since_ms| since_ms + self.limits.hold_limit_ms);
+        let hold = self.held_ms.map(|since_ms| {
+            let limit_ms = since_ms + self.limits.hold_limit_ms;
+            self.fence_until_ms.filter(|_| self.failed).map_or(limit_ms, |until_ms| until_ms.min(limit_ms))
+        });
         let linger = match self.guest {
             Guest::Stopped { since_ms } | Guest::Gone { since_ms } if self.is_migrating() && !self.is_committed() => {
                 Some(since_ms + self.limits.linger_ms)
@@ -428,18 +444,20 @@ impl<T: SourceTable> Source<T> {
 
     /// Takes note of an event; what is to be done is added to `out`, in order.
     pub fn handle(&mut self, event: Event, now_ms: u64, out: &mut Vec<Action>) {
+        // A switch that was restarted does not know what its predecessor took back.
+        self.fence_until_ms.get_or_insert(now_ms + self.limits.fence_ms);
         match event {
             Event::LogOn => self.log_on(now_ms, out),
             Event::LogOff => {
                 self.logging = false;
                 self.memory_round = false;
                 if self.is_migrating() {
-                    self.give_up(AbortReason::Cancelled, Failure::Cancelled, out);
+                    self.give_up(AbortReason::Cancelled, Failure::Cancelled, now_ms, out);
                 }
             }
             Event::Cancel => {
                 if self.is_migrating() {
-                    self.give_up(AbortReason::Operator, Failure::Cancelled, out);
+                    self.give_up(AbortReason::Operator, Failure::Cancelled, now_ms, out);
                 }
             }
             Event::MemoryRound => self.memory_round = true,
@@ -523,13 +541,22 @@ impl<T: SourceTable> Source<T> {
         self.held_ms = Some(now_ms);
         match self.phase {
             Phase::Committed { .. } => self.release(Release::Committed, out),
-            Phase::Idle if self.logging => self.release(Release::Failed, out),
+            Phase::Idle if self.logging => self.release_failed(now_ms, out),
             Phase::Idle => self.release(Release::Unrelated, out),
             _ => {}
         }
     }
 
+    fn release_failed(&mut self, now_ms: u64, out: &mut Vec<Action>) {
+        if self.fence_until_ms.is_some_and(|until_ms| now_ms < until_ms) {
+            self.failed = self.held_ms.is_some();
+        } else {
+            self.release(Release::Failed, out);
+        }
+    }
+
     fn release(&mut self, why: Release, out: &mut Vec<Action>) {
+        self.failed = false;
         if self.held_ms.take().is_some() {
             out.push(Action::Release(why));
         }
@@ -540,6 +567,7 @@ impl<T: SourceTable> Source<T> {
         if before == Guest::Running {
             return;
         }
+        self.fence_until_ms = Some(now_ms + self.limits.fence_ms);
         // Nobody waits for a reply any more, if anybody did.
         self.release(Release::Unrelated, out);
         self.end_redirect(out);
@@ -586,7 +614,7 @@ impl<T: SourceTable> Source<T> {
                 self.guest = Guest::Gone { since_ms: now_ms };
                 self.forgotten = true;
                 if self.is_migrating() {
-                    self.give_up(AbortReason::VmGone, Failure::VmGone, out);
+                    self.give_up(AbortReason::VmGone, Failure::VmGone, now_ms, out);
                 }
                 return;
             }
@@ -594,10 +622,13 @@ impl<T: SourceTable> Source<T> {
             Guest::Gone { .. } => return,
         };
         self.guest = Guest::Gone { since_ms };
-        // Moved away, as far as anybody can tell here; or it ended as any VM does. The final delta and the redirection go on to their ends.
+        // Moved away, as far as anybody can tell here; or it ended as any VM does. QEMU leaves when the VM runs elsewhere: what was not
+        // committed by now is of no use. No word of it to the destination, which makes the best of what it has.
         self.forgotten = !logging;
         if self.is_committed() || !self.is_migrating() {
             self.forget(out);
+        } else {
+            self.end_attempt(Some(Failure::VmGone), out);
         }
     }
 
@@ -627,15 +658,15 @@ impl<T: SourceTable> Source<T> {
         if self.guest == Guest::Running && self.logging && self.attempts < self.limits.attempts {
             self.phase = Phase::Waiting { until_ms: now_ms + self.limits.retry_delay_ms };
         } else {
-            self.release(Release::Failed, out);
+            self.release_failed(now_ms, out);
         }
     }
 
     /// Ends the attempt and tells the destination.
-    fn give_up(&mut self, reason: AbortReason, failure: Failure, out: &mut Vec<Action>) {
+    fn give_up(&mut self, reason: AbortReason, failure: Failure, now_ms: u64, out: &mut Vec<Action>) {
         self.send_abort(reason, "", out);
         self.end_attempt(Some(failure), out);
-        self.release(Release::Failed, out);
+        self.release_failed(now_ms, out);
     }
 
     fn send_abort(&self, reason: AbortReason, note: &str, out: &mut Vec<Action>) {
@@ -682,7 +713,7 @@ impl<T: SourceTable> Source<T> {
         match (message, self.phase) {
             (Message::Ping { nonce }, _) => out.push(Action::Send(Message::Pong { nonce })),
             (Message::Pong { .. }, _) => {}
-            (Message::HelloReply(reply), Phase::Greeting { .. }) => self.greeted(&reply, until_ms, out),
+            (Message::HelloReply(reply), Phase::Greeting { .. }) => self.greeted(&reply, now_ms, until_ms, out),
             (Message::Refuse(refuse), Phase::Greeting { .. } | Phase::Offering { .. }) => {
                 out.push(Action::Report(Report::Refused(refuse)));
                 // It would say the same again.
@@ -733,7 +764,7 @@ impl<T: SourceTable> Source<T> {
         self.lost(Failure::Protocol, now_ms, out);
     }
 
-    fn greeted(&mut self, reply: &HelloReply, until_ms: u64, out: &mut Vec<Action>) {
+    fn greeted(&mut self, reply: &HelloReply, now_ms: u64, until_ms: u64, out: &mut Vec<Action>) {
         match self.identity.abilities.check_reply(reply) {
             Ok(agreed) => {
                 let mut offer = self.identity.vm.clone();
@@ -746,7 +777,7 @@ impl<T: SourceTable> Source<T> {
                 self.attempts = self.limits.attempts;
                 self.send_abort(AbortReason::Protocol, &mismatch.to_string(), out);
                 self.end_attempt(Some(Failure::Protocol), out);
-                self.release(Release::Failed, out);
+                self.release_failed(now_ms, out);
             }
         }
     }
@@ -808,7 +839,7 @@ impl<T: SourceTable> Source<T> {
             Phase::Copying { agreed } | Phase::Ending { agreed, .. } => {
                 // Nothing that is sent now is of use.
                 self.phase = Phase::Committed { agreed };
-                self.release(Release::Failed, out);
+                self.release_failed(now_ms, out);
                 self.begin_redirect(agreed, now_ms, out);
                 self.forget(out);
             }
@@ -852,6 +883,8 @@ impl<T: SourceTable> Source<T> {
         }
         if self.held_ms.is_some_and(|since_ms| now_ms >= since_ms + self.limits.hold_limit_ms) {
             self.release(Release::Expired, out);
+        } else if self.failed {
+            self.release_failed(now_ms, out);
         }
         match self.phase {
             Phase::Waiting { until_ms } if now_ms >= until_ms => self.connect(now_ms, out),
@@ -884,7 +917,7 @@ impl<T: SourceTable> Source<T> {
             && !self.is_committed()
             && now_ms >= since_ms + self.limits.linger_ms
         {
-            self.give_up(AbortReason::Timeout, Failure::Timeout, out);
+            self.give_up(AbortReason::Timeout, Failure::Timeout, now_ms, out);
         }
         self.tick_redirect(now_ms, out);
     }

@@ -60,7 +60,7 @@ fn seeds() {
 
 /// A simulation that never gets anywhere finds nothing: what must have happened in a thousand seeds.
 fn check_coverage(c: &Coverage) {
-    let [complete, lagging, partial, empty] = c.began;
+    let [complete, lagging, partial, empty, unconfirmed] = c.began;
     let seen = [
         ("commits", c.commits),
         ("commits with all windows", c.commits_with_all_windows),
@@ -73,6 +73,7 @@ fn check_coverage(c: &Coverage) {
         ("lagging", lagging),
         ("partial", partial),
         ("empty", empty),
+        ("unconfirmed", unconfirmed),
         ("holds expired", c.holds_expired),
         ("holds failed", c.holds_failed),
         ("resumed", c.resumed),
