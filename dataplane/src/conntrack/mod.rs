@@ -46,7 +46,7 @@ pub use key::{Flow, Key, Toward, Way};
 pub use map::sample;
 pub use map::{
     ConnHandle, ConnMap, Cursor, DEFAULT_CAPACITY, Dirt, Imported, MAX_CAPACITY, MapError, MapStats, Observer, Removal,
-    Tombstone, VERSION_BITS, VERSION_MAX, newer,
+    Tombstone, Uncollected, VERSION_BITS, VERSION_MAX, newer,
 };
 pub use portable::{
     MAX_AGE_MS, MAX_TCP_WINDOW, Portable, PortableError, PortableKey, PortableSctp, PortableSide, PortableState,

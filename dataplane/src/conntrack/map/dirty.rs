@@ -1,4 +1,4 @@
-//! What changed since it was last asked: a bit per slot, and the keys of what was deleted. Switched off outside migration.
+//! What changed since it was last asked: two bits per slot, and the keys of what was deleted. Switched off outside migration.
 use std::sync::OnceLock;
 
 use crossbeam::utils::CachePadded;
@@ -101,12 +101,65 @@ impl Graves {
     }
 }
 
+/// A bit per slot. Who changes an entry sets its bit afterwards; who collects takes the bit first and then reads the entry. So a change
+/// that the reader misses has its bit set again.
+pub(super) struct Marks(Box<[AtomicU64]>);
+
+impl Marks {
+    fn new(capacity: u32) -> Self {
+        Self((0..capacity.div_ceil(PER_WORD)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn bytes(&self) -> usize {
+        size_of_val(&*self.0)
+    }
+
+    fn reset(&self) {
+        for word in &self.0 {
+            word.store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Sets a slot's bit. To be called after the change.
+    #[inline]
+    pub fn set(&self, slot: u32) {
+        let Some(word) = self.0.get((slot / PER_WORD) as usize) else { return };
+        let bit = 1 << (slot % PER_WORD);
+        // The change, then the look at the bit; in `take` the other way round. So a bit that is seen set here will be cleared before
+        // the entry is read.
+        fence(Ordering::SeqCst);
+        if word.load(Ordering::Relaxed) & bit == 0 {
+            word.fetch_or(bit, Ordering::AcqRel);
+        }
+    }
+
+    /// Clears the bits in `mask` of slots 64 `word` and following, and returns those that were set. The entries are to be read after.
+    pub fn take(&self, word: u32, mask: u64) -> u64 {
+        let Some(word) = self.0.get(word as usize) else { return 0 };
+        // A bit that is seen clear needs no order: its next change will set it.
+        if word.load(Ordering::Relaxed) & mask == 0 {
+            return 0;
+        }
+        let bits = word.fetch_and(!mask, Ordering::AcqRel) & mask;
+        fence(Ordering::SeqCst);
+        bits
+    }
+
+    /// Bits set, about now.
+    pub fn count(&self) -> u32 {
+        self.0.iter().map(|word| word.load(Ordering::Relaxed).count_ones()).sum()
+    }
+}
+
 /// The tracking of changes.
 pub(super) struct Dirty {
     on: AtomicBool,
     /// Tombstones were lost.
     lost: AtomicBool,
-    bits: Box<[AtomicU64]>,
+    /// What others must know.
+    pub semantic: Marks,
+    /// What may lag behind: windows, counters, expiry.
+    pub lagging: Marks,
     graves: OnceLock<Graves>,
     graves_len: usize,
 }
@@ -122,22 +175,22 @@ impl Dirty {
         Self {
             on: AtomicBool::new(false),
             lost: AtomicBool::new(false),
-            bits: (0..capacity.div_ceil(PER_WORD)).map(|_| AtomicU64::new(0)).collect(),
+            semantic: Marks::new(capacity),
+            lagging: Marks::new(capacity),
             graves: OnceLock::new(),
             graves_len: (capacity as usize / 64).max(MIN_GRAVES).next_power_of_two(),
         }
     }
 
     pub fn bytes(&self) -> usize {
-        size_of_val(&*self.bits) + self.graves.get().map_or(0, |g| size_of_val(&*g.cells))
+        self.semantic.bytes() + self.lagging.bytes() + self.graves.get().map_or(0, |g| size_of_val(&*g.cells))
     }
 
     /// Switches tracking; forgets what was noted before.
     pub fn set(&self, on: bool) {
         self.on.store(false, Ordering::SeqCst);
-        for word in &self.bits {
-            word.store(0, Ordering::SeqCst);
-        }
+        self.semantic.reset();
+        self.lagging.reset();
         if on {
             let graves = self.graves.get_or_init(|| Graves::new(self.graves_len));
             for _ in 0..self.graves_len {
@@ -154,19 +207,6 @@ impl Dirty {
     #[inline]
     pub fn is_on(&self) -> bool {
         self.on.load(Ordering::Relaxed)
-    }
-
-    /// Notes that a slot's entry has changed. To be called after the change.
-    #[inline]
-    pub fn mark(&self, slot: u32) {
-        let Some(word) = self.bits.get((slot / PER_WORD) as usize) else { return };
-        let bit = 1 << (slot % PER_WORD);
-        // The change, then the look at the bit; in `sweep` the other way round. So a bit that is seen set here will be cleared before
-        // the entry is read.
-        fence(Ordering::SeqCst);
-        if word.load(Ordering::Relaxed) & bit == 0 {
-            word.fetch_or(bit, Ordering::AcqRel);
-        }
     }
 
     /// Notes that an entry went. To be called after it has gone.
@@ -186,19 +226,17 @@ impl Dirty {
         self.lost.load(Ordering::Relaxed) && self.lost.swap(false, Ordering::AcqRel)
     }
 
-    /// Clears the marks of slots 64 `word` and following, and returns them. The entries are to be read after.
-    pub fn sweep(&self, word: u32) -> u64 {
-        let Some(word) = self.bits.get(word as usize) else { return 0 };
-        if word.load(Ordering::Relaxed) == 0 {
-            return 0;
-        }
-        let bits = word.swap(0, Ordering::AcqRel);
-        fence(Ordering::SeqCst);
-        bits
+    /// Entries that went and were not asked for yet, about.
+    pub fn buried(&self) -> u64 {
+        self.graves.get().map_or(0, |graves| {
+            let head = graves.head.load(Ordering::Relaxed);
+            graves.tail.load(Ordering::Relaxed).saturating_sub(head)
+        })
     }
 
+    /// Words of the bitmaps.
     pub fn words(&self) -> u32 {
-        self.bits.len() as u32
+        self.semantic.0.len() as u32
     }
 }
 

@@ -283,11 +283,15 @@ fn loom_of_two_updates_of_one_copy_one_is_stored() {
 
 /// Changes the entry twice.
 fn update_twice(s: &Shared) -> u32 {
+    update_twice_by(s, Change::Semantic)
+}
+
+fn update_twice_by(s: &Shared, change: Change) -> u32 {
     let mut handle = s.handle(0);
     let version = s.copy().version;
     for n in 0..2 {
         let c = versioned(marked(1, 2 + n), version + u32::from(n));
-        assert_eq!(handle.update(&c, Change::Semantic), Stored::Done);
+        assert_eq!(handle.update(&c, change), Stored::Done);
     }
     version + 2
 }
@@ -410,6 +414,50 @@ fn loom_no_change_is_lost_to_the_collector() {
         [3, 3],
         || tracked(1),
         [update_twice, collect_versions],
+        |s, [newest, seen]| {
+            let later = collect_versions(s);
+            assert_eq!(if later == 0 { seen } else { later }, newest);
+        },
+    );
+}
+
+/// The same for what may lag behind.
+#[test]
+fn loom_no_lagging_change_is_lost_to_the_collector() {
+    fn collect_lagging(s: &Shared) -> u32 {
+        let (mut cursor, mut last) = (Cursor::default(), 0);
+        while s.map.collect_lagging(&mut cursor, 10, &mut |c| {
+            assert_whole(c);
+            last = c.version;
+        }) {}
+        last
+    }
+    race(
+        [3, 3],
+        || tracked(1),
+        [|s| update_twice_by(s, Change::Bookkeeping), collect_lagging],
+        |s, [newest, seen]| {
+            assert_eq!(collect_versions(s), 0, "nothing semantic");
+            let later = collect_lagging(s);
+            assert_eq!(if later == 0 { seen } else { later }, newest);
+        },
+    );
+}
+
+/// A walk that counts as collecting takes marks only of what it hands over.
+#[test]
+fn loom_no_change_is_lost_to_the_walk() {
+    race(
+        [3, 3],
+        || tracked(1),
+        [update_twice, |s| {
+            let (mut cursor, mut last) = (Cursor::default(), 0);
+            while s.map.walk_collecting(&mut cursor, 10, &mut |c| {
+                assert_whole(c);
+                last = c.version;
+            }) {}
+            last
+        }],
         |s, [newest, seen]| {
             let later = collect_versions(s);
             assert_eq!(if later == 0 { seen } else { later }, newest);

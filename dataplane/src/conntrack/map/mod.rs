@@ -53,7 +53,7 @@ pub use stats::MapStats;
 use super::entry::Connection;
 use super::key::Key;
 use super::table::{Change, InsertError, Stored};
-use dirty::Dirty;
+use dirty::{Dirty, Marks};
 use hash::Hasher;
 use index::{Index, Places, Position, prefetch};
 use meta::{Meta, State, newest, next};
@@ -117,6 +117,17 @@ pub enum Dirt {
     Deleted(Tombstone),
     /// More entries went than could be noted: what others hold must be compared with a new walk.
     Overflow,
+}
+
+/// What [`ConnMap::uncollected`] counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Uncollected {
+    /// Entries that are new or changed.
+    pub changed: u32,
+    /// Entries that went.
+    pub deleted: u32,
+    /// Entries of which only time, windows or counters changed.
+    pub lagging: u32,
 }
 
 /// What became of an import.
@@ -320,7 +331,7 @@ impl ConnMap {
                 self.nothing_at_ms.store(0, Ordering::Relaxed);
             }
             if self.dirty.is_on() {
-                self.dirty.mark(number);
+                self.dirty.semantic.set(number);
             }
         }
         stored
@@ -470,8 +481,12 @@ impl ConnMap {
         fence(Ordering::Acquire);
         let Some(claim) = slot.claim(meta, connection, next(meta.version())) else { return Some(Stored::Stale) };
         claim.commit();
-        if self.dirty.is_on() && change == Change::Semantic {
-            self.dirty.mark(number);
+        if self.dirty.is_on() {
+            match change {
+                Change::None => {}
+                Change::Bookkeeping => self.dirty.lagging.set(number),
+                Change::Semantic => self.dirty.semantic.set(number),
+            }
         }
         Some(Stored::Done)
     }
@@ -653,46 +668,115 @@ impl ConnMap {
         self.dirty.is_on()
     }
 
+    /// As [`Self::walk`], for a collector: what is handed over counts as collected. So a change is handed over here or by
+    /// [`Self::collect_dirty`] or [`Self::collect_lagging`] afterwards. One collector at a time.
+    pub fn walk_collecting(&self, cursor: &mut Cursor, budget: usize, f: &mut dyn FnMut(&Connection)) -> bool {
+        for _ in 0..budget {
+            let number = cursor.at;
+            let Some(slot) = (number < self.slab.used()).then(|| self.slab.slot(number)).flatten() else {
+                cursor.at = 0;
+                return false;
+            };
+            // First the marks, then the entry.
+            let (word, bit) = (number / dirty::PER_WORD, 1 << (number % dirty::PER_WORD));
+            let changed = self.dirty.semantic.take(word, bit) != 0;
+            let lagging = self.dirty.lagging.take(word, bit) != 0;
+            match slot.read_any() {
+                Ok(Some((_, connection))) => f(&connection),
+                // An insertion sets its mark when it is an entry.
+                Ok(None) => {}
+                // Its writer stands still. It must not be left out: next time.
+                Err(Busy) => {
+                    if changed {
+                        self.dirty.semantic.set(number);
+                    }
+                    if lagging {
+                        self.dirty.lagging.set(number);
+                    }
+                    return true;
+                }
+            }
+            cursor.at += 1;
+        }
+        true
+    }
+
+    /// What is to be collected, about now. Looks at two bits per connection of the capacity: 20 microseconds for a million.
+    pub fn uncollected(&self) -> Uncollected {
+        Uncollected {
+            changed: self.dirty.semantic.count(),
+            deleted: self.dirty.buried().min(u64::from(u32::MAX)) as u32,
+            lagging: self.dirty.lagging.count(),
+        }
+    }
+
+    /// Hands over at most `budget` deletions, and whether any were lost, as [`Self::collect_dirty`] does before all else. There is room for
+    /// one deletion per 64 connections: who calls this every few milliseconds loses none.
+    pub fn collect_deleted(&self, budget: usize, f: &mut dyn FnMut(Dirt)) -> usize {
+        if self.dirty.take_lost() {
+            f(Dirt::Overflow);
+        }
+        for spent in 0..budget {
+            let Some((key, version)) = self.dirty.unearth() else { return spent };
+            f(Dirt::Deleted(Tombstone { key: slot::key(key), version }));
+        }
+        budget
+    }
+
+    /// Hands over entries whose time, windows or counters changed since they were last handed over by whatever function; else as
+    /// [`Self::collect_dirty`]. An entry may be handed over that has a semantic change too; that stays to be collected.
+    pub fn collect_lagging(&self, cursor: &mut Cursor, budget: usize, f: &mut dyn FnMut(&Connection)) -> bool {
+        let mut spent = 0;
+        while spent < budget {
+            if cursor.at >= self.dirty.words() {
+                cursor.at = 0;
+                return false;
+            }
+            let bits = self.dirty.lagging.take(cursor.at, u64::MAX);
+            spent += 1 + self.read_marked(&self.dirty.lagging, cursor.at, bits, f);
+            cursor.at += 1;
+        }
+        true
+    }
+
     /// Hands over what changed since it was last collected: deletions first, then the marks of the next slots, and returns whether there
     /// is more in this pass. `budget` is counted in entries handed over and in 64-slot groups looked at; it may be exceeded by 64.
     ///
     /// An entry that changes again after it was handed over is marked again. For each key the order is right: what is handed over later
     /// is later, or a deletion of an older version. One collector at a time.
     pub fn collect_dirty(&self, cursor: &mut Cursor, budget: usize, f: &mut dyn FnMut(Dirt)) -> bool {
-        let mut spent = 0;
-        if self.dirty.take_lost() {
-            f(Dirt::Overflow);
-        }
-        while spent < budget {
-            let Some((key, version)) = self.dirty.unearth() else { break };
-            f(Dirt::Deleted(Tombstone { key: slot::key(key), version }));
-            spent += 1;
-        }
+        let mut spent = self.collect_deleted(budget, f);
         while spent < budget {
             if cursor.at >= self.dirty.words() {
                 cursor.at = 0;
                 return false;
             }
-            spent += 1 + self.collect_word(cursor.at, f);
+            let bits = self.dirty.semantic.take(cursor.at, u64::MAX);
+            if bits != 0 {
+                // The whole entry is handed over.
+                self.dirty.lagging.take(cursor.at, bits);
+            }
+            spent += 1 + self
+                .read_marked(&self.dirty.semantic, cursor.at, bits, &mut |connection| f(Dirt::Changed(*connection)));
             cursor.at += 1;
         }
         true
     }
 
-    fn collect_word(&self, word: u32, f: &mut dyn FnMut(Dirt)) -> usize {
-        let mut bits = self.dirty.sweep(word);
+    /// Hands over the entries of which `bits`, those of a word, were taken from `marks`.
+    fn read_marked(&self, marks: &Marks, word: u32, mut bits: u64, f: &mut dyn FnMut(&Connection)) -> usize {
         let mut found = 0;
         while bits != 0 {
             let number = word * dirty::PER_WORD + bits.trailing_zeros();
             bits &= bits - 1;
             match self.slab.slot(number).map(slot::Slot::read_any) {
                 Some(Ok(Some((_, connection)))) => {
-                    f(Dirt::Changed(connection));
+                    f(&connection);
                     found += 1;
                 }
                 // Gone; there is a tombstone. Or another's insertion, which will mark it when it is an entry.
                 Some(Ok(None)) | None => {}
-                Some(Err(Busy)) => self.dirty.mark(number),
+                Some(Err(Busy)) => marks.set(number),
             }
         }
         found
@@ -728,7 +812,7 @@ impl ConnMap {
             let before = claim.before();
             claim.commit();
             if self.dirty.is_on() {
-                self.dirty.mark(rival.number);
+                self.dirty.semantic.set(rival.number);
             }
             Counters::count(self.counters(CONTROL).removed(Removal::Replaced));
             observer.removed(&before, Removal::Replaced);

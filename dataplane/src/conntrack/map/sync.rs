@@ -88,6 +88,10 @@ mod checked {
                 pub fn fetch_or(&self, value: $value, order: Ordering) -> $value {
                     self.inner().fetch_or(value, order)
                 }
+
+                pub fn fetch_and(&self, value: $value, order: Ordering) -> $value {
+                    self.inner().fetch_and(value, order)
+                }
             }
         };
     }

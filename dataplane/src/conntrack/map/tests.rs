@@ -339,6 +339,151 @@ fn only_what_changed_in_meaning_is_collected() {
 }
 
 #[test]
+fn what_may_lag_is_collected_apart_and_never_twice() {
+    let map = map(1000);
+    let mut h = map.handle(&(), 0);
+    for n in 0..300 {
+        h.insert(&sample(n), 0).unwrap();
+    }
+    let lagging = || {
+        let (mut cursor, mut keys) = (Cursor::default(), Vec::new());
+        while map.collect_lagging(&mut cursor, 7, &mut |c| keys.push(c.key)) {}
+        keys.sort_unstable();
+        keys
+    };
+    fn touch(map: &ConnMap, n: u32, change: Change) {
+        let mut h = map.handle(&(), 0);
+        let c = h.lookup(&sample(n).key, 0).unwrap();
+        assert_eq!(h.update(&c, change), Stored::Done);
+    }
+    let keys = |numbers: &[u32]| {
+        let mut keys: Vec<Key> = numbers.iter().map(|&n| sample(n).key).collect();
+        keys.sort_unstable();
+        keys
+    };
+    touch(&map, 1, Change::Bookkeeping);
+    assert_eq!(lagging(), [], "off");
+    map.set_tracking(true);
+    touch(&map, 1, Change::None);
+    assert_eq!(map.uncollected(), Uncollected::default());
+    for n in [1, 2, 3, 200] {
+        touch(&map, n, Change::Bookkeeping);
+    }
+    touch(&map, 4, Change::Semantic);
+    let gone = map.get(&sample(200).key).unwrap();
+    assert_eq!(h.remove(&gone), Stored::Done);
+    assert_eq!(map.uncollected(), Uncollected { changed: 1, deleted: 1, lagging: 4 });
+    assert_eq!(lagging(), keys(&[1, 2, 3]));
+    assert_eq!(lagging(), []);
+    // A semantic change takes the lagging one with it.
+    touch(&map, 5, Change::Bookkeeping);
+    touch(&map, 5, Change::Semantic);
+    touch(&map, 6, Change::Bookkeeping);
+    let (changed, deleted, _) = collect(&map, &mut Cursor::default());
+    assert_eq!(changed.iter().map(|c| c.key).collect::<Vec<_>>(), keys(&[4, 5]));
+    assert_eq!(deleted.len(), 1);
+    assert_eq!(map.uncollected(), Uncollected { lagging: 1, ..Uncollected::default() });
+    // So does a collecting walk, of all; another walk leaves the marks.
+    touch(&map, 7, Change::Semantic);
+    assert_eq!(all(&map).len(), 299);
+    assert_eq!(map.uncollected(), Uncollected { changed: 1, lagging: 1, deleted: 0 });
+    let (mut cursor, mut walked) = (Cursor::default(), 0);
+    while map.walk_collecting(&mut cursor, 9, &mut |_| walked += 1) {}
+    assert_eq!((walked, map.uncollected()), (299, Uncollected::default()));
+    // Deletions alone.
+    let gone = map.get(&sample(9).key).unwrap();
+    assert_eq!(h.remove(&gone), Stored::Done);
+    touch(&map, 10, Change::Semantic);
+    let mut deleted = Vec::new();
+    assert_eq!(map.collect_deleted(10, &mut |dirt| deleted.push(dirt)), 1);
+    assert_eq!(deleted, [Dirt::Deleted(Tombstone { key: gone.key, version: gone.version })]);
+    assert_eq!(map.uncollected().changed, 1);
+}
+
+#[test]
+fn a_collecting_walk_keeps_the_marks_of_what_it_cannot_read() {
+    let map = map(10);
+    map.handle(&(), 0).insert(&sample(1), 0).unwrap();
+    let c = map.get(&sample(1).key).unwrap();
+    let number = (0..map.slab.used()).find(|&n| map.slab.slot(n).unwrap().holds(&c.key.words())).unwrap();
+    map.set_tracking(true);
+    map.dirty.semantic.set(number);
+    map.dirty.lagging.set(number);
+    let slot = map.slab.slot(number).unwrap();
+    let claim = slot.claim(slot.meta(), &c, 5).unwrap();
+    let mut cursor = Cursor { at: number };
+    assert!(map.walk_collecting(&mut cursor, 10, &mut |_| panic!("being written")));
+    assert_eq!((cursor.at, map.uncollected()), (number, Uncollected { changed: 1, lagging: 1, deleted: 0 }));
+    assert!(!map.collect_lagging(&mut Cursor::default(), 10, &mut |_| panic!("being written")));
+    assert_eq!(map.uncollected().lagging, 1, "the mark has stayed");
+    claim.commit();
+    let mut walked = 0;
+    while map.walk_collecting(&mut cursor, 10, &mut |_| walked += 1) {}
+    assert_eq!((walked, map.uncollected()), (1, Uncollected::default()));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: scaled(500, 4), failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whoever applies what a collecting walk, then the collectors in any order and any portions hand over, ends with the same.
+    #[test]
+    fn a_follower_of_all_collectors_has_everything(
+        before in proptest::collection::vec(0..30u32, 0..30),
+        steps in proptest::collection::vec((0..7u8, 0..30u32, 1..40usize), 1..150),
+    ) {
+        let (source, copy) = (map(256), map(256));
+        let mut h = source.handle(&(), 0);
+        for n in before {
+            let _ = h.insert(&sample(n), 0);
+        }
+        source.set_tracking(true);
+        let bring = |c: &Connection| { copy.import(c, 0, &()); };
+        let apply = |dirt: Dirt| match dirt {
+            Dirt::Changed(c) => bring(&c),
+            Dirt::Deleted(t) => { copy.delete_matching(&t.key, t.version, &()); }
+            Dirt::Overflow => panic!("so few"),
+        };
+        let (mut walk, mut walking) = (Cursor::default(), true);
+        let [mut dirty, mut lagging] = [Cursor::default(); 2];
+        let mut deletions = 0;
+        let drain = [(6, 0, 1000), (4, 0, 1000), (5, 0, 1000), (4, 0, 1000)];
+        for (what, n, budget) in steps.into_iter().chain(drain) {
+            let found = h.lookup(&sample(n).key, 0);
+            match (what, found) {
+                (0, None) => prop_assert_eq!(h.insert(&sample(n), 0), Ok(())),
+                (0 | 1, Some(mut c)) => {
+                    c.refresh(0, 4_000_000 + budget as u32);
+                    prop_assert_eq!(h.update(&c, Change::Bookkeeping), Stored::Done);
+                }
+                (2, Some(mut c)) => {
+                    c.set_words([budget as u32; 12]);
+                    prop_assert_eq!(h.update(&c, Change::Semantic), Stored::Done);
+                }
+                (3, Some(c)) if deletions < 15 => {
+                    deletions += 1;
+                    prop_assert_eq!(h.remove(&c), Stored::Done);
+                }
+                (4, _) if !walking => {
+                    deletions = 0;
+                    source.collect_dirty(&mut dirty, budget, &mut |dirt| apply(dirt));
+                }
+                (5, _) if !walking => { source.collect_lagging(&mut lagging, budget, &mut |c| bring(c)); }
+                (6, _) if walking => walking = source.walk_collecting(&mut walk, budget, &mut |c| bring(c)),
+                _ => {}
+            }
+        }
+        while source.collect_dirty(&mut dirty, 100, &mut |dirt| apply(dirt)) {}
+        while source.collect_dirty(&mut dirty, 100, &mut |dirt| apply(dirt)) {}
+        while source.collect_lagging(&mut lagging, 100, &mut |c| bring(c)) {}
+        while source.collect_lagging(&mut lagging, 100, &mut |c| bring(c)) {}
+        let [mut a, mut b] = [all(&source), all(&copy)];
+        a.sort_unstable_by_key(|c| c.key);
+        b.sort_unstable_by_key(|c| c.key);
+        prop_assert_eq!(a, b);
+    }
+}
+
+#[test]
 fn imports_let_the_newer_win_whatever_the_order() {
     let map = map(10);
     let diary = Diary::default();
@@ -393,7 +538,7 @@ fn a_writer_that_stands_still_harms_nobody_but_its_own_connection() {
     let number = (0..map.slab.used()).find(|&n| map.slab.slot(n).unwrap().holds(&c.key.words())).unwrap();
     let slot = map.slab.slot(number).unwrap();
     map.set_tracking(true);
-    map.dirty.mark(number);
+    map.dirty.semantic.set(number);
     let claim = slot.claim(slot.meta(), &c, 77).unwrap();
     assert!(h.lookup(&c.key, 0).is_none());
     assert_eq!(map.stats().busy, 1);
