@@ -18,3 +18,4 @@ pub mod record;
 pub mod rounds;
 pub mod source;
 pub mod table;
+pub mod wire;
