@@ -1,3 +1,4 @@
-//! Flow-state migration: announcing a VM that has arrived.
+//! Flow-state migration: certificates, and announcing a VM that has arrived.
 
 pub mod announce;
+pub mod pki;
