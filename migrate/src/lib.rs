@@ -1,4 +1,6 @@
-//! Flow-state migration: certificates, and announcing a VM that has arrived.
+//! Flow-state migration: hosts' certificates and rights, the audit log, and announcing a VM that has arrived.
 
 pub mod announce;
+pub mod audit;
+pub mod authz;
 pub mod pki;
