@@ -4,7 +4,7 @@ use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::MAX_TEXT_BYTES;
-use crate::pki::certificate::hex;
+use crate::text::{cut, hex};
 
 /// Longest line without its newline, bytes. Far above what the bounded fields of an event can make.
 pub const MAX_LINE_BYTES: usize = 65_536;
@@ -68,8 +68,14 @@ pub(super) fn make<E: Serialize>(
     event: &E,
 ) -> Option<String> {
     let id = key_id(key.public_key().as_ref());
-    let envelope =
-        Envelope { seq: sequence, time: timestamp(now_ms), prev: hex(&head.hash), key: &id, host: cut(host), event };
+    let envelope = Envelope {
+        seq: sequence,
+        time: timestamp(now_ms),
+        prev: hex(&head.hash),
+        key: &id,
+        host: cut(host, MAX_TEXT_BYTES),
+        event,
+    };
     let mut text = serde_json::to_string(&envelope).ok()?;
     // The closing brace makes room for the signature.
     text.pop();
@@ -156,7 +162,7 @@ fn head_message(head: Head) -> Vec<u8> {
 
 /// Bytes of lower-case hexadecimal text: one spelling only, so that no second line can mean the same.
 pub(super) fn unhex(text: &str) -> Option<Vec<u8>> {
-    if text.len() % 2 != 0 || !text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
+    if !text.len().is_multiple_of(2) || !text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
         return None;
     }
     (0..text.len()).step_by(2).map(|i| u8::from_str_radix(text.get(i..i + 2)?, 16).ok()).collect()
@@ -178,13 +184,9 @@ fn timestamp(now_ms: u64) -> String {
     )
 }
 
-fn cut(text: &str) -> &str {
-    text.get(..text.floor_char_boundary(MAX_TEXT_BYTES)).unwrap_or_default()
-}
-
 /// Texts may come from a peer: their length is bounded here, and JSON escapes the rest.
 pub(super) fn bounded<S: Serializer>(text: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(cut(text.as_deref().unwrap_or_default()))
+    serializer.serialize_str(cut(text.as_deref().unwrap_or_default(), MAX_TEXT_BYTES))
 }
 
 pub(super) fn migration_id<S: Serializer>(id: &Option<u128>, serializer: S) -> Result<S::Ok, S::Error> {

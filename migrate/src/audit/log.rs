@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::line::{self, Head, MAX_LINE_BYTES};
 use super::{AuditError, Event};
-use crate::pki::certificate::hex;
+use crate::text::hex;
 
 /// When lines must have reached the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

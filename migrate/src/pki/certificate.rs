@@ -6,6 +6,8 @@ use ring::digest;
 use serde::Serialize;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
+use crate::text::hex;
+
 /// Most names and addresses that are taken from one certificate. More is an error, not a cut: a name that is ignored might be the one that is meant.
 pub const MAX_NAMES: usize = 64;
 /// Seconds per day.
@@ -122,13 +124,4 @@ impl fmt::Display for Utc {
             Err(_) => write!(f, "{} s after 1970", self.0),
         }
     }
-}
-
-/// Lower-case hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    use fmt::Write;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }

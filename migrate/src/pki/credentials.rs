@@ -152,7 +152,7 @@ impl Credentials {
         self.revocations.iter().any(|r| {
             r.from_s <= now_s
                 && r.issuer_der == certificate.issuer_der
-                && super::certificate::hex(&r.serial) == certificate.serial
+                && crate::text::hex(&r.serial) == certificate.serial
         })
     }
 

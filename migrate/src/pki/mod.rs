@@ -8,7 +8,7 @@
 )]
 
 mod authority;
-pub(crate) mod certificate;
+mod certificate;
 mod credentials;
 mod error;
 mod files;
@@ -18,7 +18,6 @@ mod tests;
 
 pub use authority::{Authority, CA_DAYS, HOST_DAYS, Issued, MAX_DAYS, OVERLAP_DAYS, Role, Shown, host_name};
 pub use certificate::{CertificateInfo, MAX_NAMES, Utc};
-#[expect(unused_imports)]
 pub(crate) use credentials::host_identity;
 pub use credentials::{CredentialFiles, Credentials};
 pub use error::PkiError;
