@@ -124,7 +124,10 @@ fn tls(error: &io::Error) -> Option<String> {
         },
         rustls::Error::NoCertificatesPresented => "the peer has no certificate",
         rustls::Error::AlertReceived(alert) => match alert {
-            AlertDescription::UnknownCA => "the peer does not trust the authority of this host's certificate",
+            // Decrypt error: it trusts an authority of the same name but with another key.
+            AlertDescription::UnknownCA | AlertDescription::DecryptError => {
+                "the peer does not trust the authority of this host's certificate"
+            }
             AlertDescription::CertificateExpired => "this host's certificate has expired, says the peer",
             AlertDescription::CertificateRevoked => "this host's certificate is revoked, says the peer",
             AlertDescription::CertificateRequired

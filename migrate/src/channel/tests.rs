@@ -3,13 +3,16 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -232,9 +235,9 @@ fn stale(site: &Site, host: &str, at_s: i64) -> Arc<TlsContext> {
 
 #[tokio::test]
 async fn peers_with_wrong_certificates_are_told_apart_and_refused_by_both_sides() {
-    let site = Site::new(&["a", "b", "c", "stranger"]);
-    let other = Site::new(&["a", "b"]);
     let past_s = now_s() - 100 * DAY_S;
+    let site = Site::new_at(&["a", "b", "c", "stranger"], past_s);
+    let other = Site::new(&["a", "b"]);
     let tls_b = site.tls("b");
     let (mut listener, doorman) = listen(tls_b.clone(), limits()).await;
     let address = listener.local_addr();
@@ -267,7 +270,7 @@ async fn peers_with_wrong_certificates_are_told_apart_and_refused_by_both_sides(
     doorman.expect(RefusedWhy::Handshake).await;
 
     // Expired: the client's, then the server's.
-    site.authority.issue("old", &[], 1, past_s).unwrap_or_else(|e| panic!("{e}"));
+    site.authority.issue("old", &[], 1, past_s).unwrap();
     let old = stale(&site, "old", past_s);
     let error = dialer(old.clone()).check(address, "b", ID).await.unwrap_err();
     says(error, "this host's certificate has expired");
@@ -669,43 +672,52 @@ async fn the_cap_holds_for_bulk_until_it_is_lifted() {
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
 }
 
-/// Passes a connection on until so many bytes have gone in one direction, then cuts it; also what went in that direction.
+/// Passes a connection on until so many bytes have gone in one direction, then drops both sides of it at once. Returns how many went there.
 async fn cutting_proxy(
     to: SocketAddr,
     client_to_server: bool,
     after: usize,
 ) -> (SocketAddr, tokio::task::JoinHandle<usize>) {
+    /// True: the limit is reached. False: the end came before, and was passed on.
+    async fn copy(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, limit: usize, total: &AtomicUsize) -> bool {
+        let mut buffer = vec![0; 4096];
+        loop {
+            let room = buffer.len().min(limit - total.load(Relaxed));
+            if room == 0 {
+                return true;
+            }
+            match from.read(&mut buffer[..room]).await {
+                Ok(n) if n > 0 && to.write_all(&buffer[..n]).await.is_ok() => total.fetch_add(n, Relaxed),
+                _ => {
+                    let _ = to.shutdown().await;
+                    return false;
+                }
+            };
+        }
+    }
     let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = socket.local_addr().unwrap();
     let task = tokio::spawn(async move {
         let (client, _) = socket.accept().await.unwrap();
         let server = TcpStream::connect(to).await.unwrap();
-        let (cr, cw) = client.into_split();
-        let (sr, sw) = server.into_split();
-        let copy = |mut from: tokio::net::tcp::OwnedReadHalf, mut to: tokio::net::tcp::OwnedWriteHalf, limit: usize| async move {
-            let (mut buffer, mut total) = (vec![0; 4096], 0);
-            while total < limit {
-                let room = buffer.len().min(limit - total);
-                match from.read(&mut buffer[..room]).await {
-                    Ok(n) if n > 0 && to.write_all(&buffer[..n]).await.is_ok() => total += n,
-                    _ => break,
-                }
-            }
-            total
-        };
-        let (up, down) = if client_to_server { (after, usize::MAX) } else { (usize::MAX, after) };
-        // The first direction that ends takes the other with it.
-        let (cut, other) = if client_to_server {
-            (copy(cr, sw, up), copy(sr, cw, down))
+        let (client_read, client_write) = client.into_split();
+        let (server_read, server_write) = server.into_split();
+        let (limited, free) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let (up, down) = if client_to_server {
+            ((after, &limited), (usize::MAX, &free))
         } else {
-            (copy(sr, cw, down), copy(cr, sw, up))
+            ((usize::MAX, &free), (after, &limited))
         };
-        let mut cut = Box::pin(cut);
-        let mut other = Box::pin(other);
-        tokio::select! {
-            total = &mut cut => total,
-            _ = &mut other => timeout(Duration::from_secs(2), cut).await.unwrap_or(0),
-        }
+        let up = async {
+            let cut = copy(client_read, server_write, up.0, up.1).await;
+            if cut { Err(()) } else { Ok(()) }
+        };
+        let down = async {
+            let cut = copy(server_read, client_write, down.0, down.1).await;
+            if cut { Err(()) } else { Ok(()) }
+        };
+        let _ = tokio::try_join!(up, down);
+        limited.load(Relaxed)
     });
     (address, task)
 }
@@ -735,17 +747,40 @@ async fn exchange(
         let (_, end) = tokio::join!(close, receive);
         (got, end)
     }
+    // Of its own, so that a session which comes late is not taken for that of the next exchange.
+    static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+    let id = u128::from(NEXT_ID.fetch_add(1, Relaxed));
+    let (client_failed, failed) = oneshot::channel();
     let client = async {
-        match dialer.check(address, "b", ID).await {
+        let result = match dialer.check(address, "b", id).await {
             Ok(session) => one_side(session.control).await,
             Err(error) => (vec![], Err(error)),
+        };
+        if result.1.is_err() {
+            let _ = client_failed.send(());
+        }
+        result
+    };
+    let accept = async {
+        loop {
+            let session = listener.accept().await.unwrap();
+            if session.migration == id {
+                return session;
+            }
         }
     };
     let server = async {
-        // When the cut came too early there is no session.
-        match timeout(Duration::from_millis(150), listener.accept()).await {
-            Ok(Some(session)) => one_side(session.control).await,
-            _ => (vec![], Err(ChannelError::Cut)),
+        let given_up = async {
+            // A client that succeeds has talked to the server.
+            if failed.await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            sleep(Duration::from_millis(60)).await;
+        };
+        tokio::select! {
+            session = accept => one_side(session.control).await,
+            // The cut came too early for a session.
+            () = given_up => (vec![], Err(ChannelError::Cut)),
         }
     };
     let (client, server) = tokio::join!(client, server);

@@ -118,7 +118,9 @@ impl Authority {
             });
         }
         files::make_directory(&authority.hosts())?;
-        let generation = Generation::new(&format!("{name} G1"), now_s, days)?;
+        // Two authorities of the same name must not be taken for each other: peers find issuers by name.
+        let tag = crate::text::hex(random::<4>()?.as_slice());
+        let generation = Generation::new(&format!("{name} {tag} G1"), now_s, days)?;
         // The key comes last: without it the directory does not count as an authority, and init can be run again.
         authority.write_trust(&generation, None)?;
         files::write(&authority.revoked(), Secrecy::Public, &empty_list(&generation, now_s)?)?;
@@ -448,7 +450,7 @@ impl Generation {
         Issuer::from_ca_cert_der(&self.der, &self.key).map_err(PkiError::crypto("use the authority's certificate"))
     }
 
-    /// "Ferry G3" is the third generation of "Ferry".
+    /// "Ferry 1a2b3c4d G3" is the third generation of "Ferry 1a2b3c4d".
     fn name_and_number(&self, path: &Path) -> Result<(String, u64), PkiError> {
         let name = self.info.subject.strip_prefix("CN=").and_then(|name| name.rsplit_once(" G"));
         name.and_then(|(name, number)| Some((name.to_owned(), number.parse().ok()?)))
@@ -457,10 +459,7 @@ impl Generation {
 }
 
 fn parameters(common_name: &str, from_s: i64, end_s: i64) -> Result<CertificateParams, PkiError> {
-    let mut serial = [0u8; 16];
-    SystemRandom::new()
-        .fill(&mut serial)
-        .map_err(|_| PkiError::Crypto { action: "make a serial number", reason: "no random numbers".into() })?;
+    let mut serial = random::<16>()?;
     // Positive and without leading zero, so that its encoding has one form (RFC 5280, 4.1.2.2).
     serial[0] = (serial[0] & 0x7f) | 0x40;
     let mut params = CertificateParams::default();
@@ -470,6 +469,14 @@ fn parameters(common_name: &str, from_s: i64, end_s: i64) -> Result<CertificateP
     params.not_before = moment(from_s)?;
     params.not_after = moment(end_s)?;
     Ok(params)
+}
+
+fn random<const N: usize>() -> Result<[u8; N], PkiError> {
+    let mut bytes = [0; N];
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| PkiError::Crypto { action: "make a random number", reason: "the system has none".into() })?;
+    Ok(bytes)
 }
 
 fn moment(at_s: i64) -> Result<OffsetDateTime, PkiError> {
