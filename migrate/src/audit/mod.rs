@@ -10,6 +10,8 @@
 //! - `key`: the first 8 bytes of the SHA-256 of the public key that signs.
 //! - `sig`, always last: Ed25519 (RFC 8032) over `"ferry audit 1\n"` and the line up to, not including, `,"sig"`.
 //!
+//! The key may be the host's TLS key: what TLS signs begins with 64 spaces (RFC 8446, 4.4.3), what is signed here with its own words.
+//!
 //! So an edited, inserted, removed or moved line breaks the chain, and nobody without the host's key can mend it. Lines cut off at the end break no
 //! chain; therefore `PATH.head` holds the last line's number and hash, signed; and [`AuditLog::head`] can be given to the peer, whose
 //! own log keeps it in `peer_head` (out of reach for whoever owns this host).

@@ -17,6 +17,8 @@ use super::{ChannelError, ChannelLimits, Frame, FrameDecoder, FrameHeader, Frame
 const CHUNK_BYTES: usize = 16 * 1024;
 /// What is read at once.
 const READ_BYTES: usize = 64 * 1024;
+/// Shorter waits are not worth it: a timer that has come due already takes up to a millisecond.
+const MIN_WAIT: Duration = Duration::from_millis(2);
 /// Slowest progress of a frame that is accepted.
 const MIN_FRAME_BYTES_PER_S: u64 = 16 * 1024;
 
@@ -433,10 +435,14 @@ impl<S: AsyncWrite + Send> Writer<S> {
         if let Some(pace) = &self.pace
             && *self.paced.borrow_and_update()
         {
-            let end = Instant::now() + pace.take(bytes.len());
-            tokio::select! {
-                () = sleep_until(end) => {}
-                _ = self.paced.wait_for(|paced| !paced) => {}
+            let wait = pace.take(bytes.len());
+            // The bucket remembers what is not waited for now.
+            if wait >= MIN_WAIT {
+                let end = Instant::now() + wait;
+                tokio::select! {
+                    () = sleep_until(end) => {}
+                    _ = self.paced.wait_for(|paced| !paced) => {}
+                }
             }
         }
         match timeout(Duration::from_millis(self.limits.write_ms), self.stream.write_all(bytes)).await {

@@ -872,3 +872,30 @@ fn the_context_shows_no_secrets() {
     assert!(text.contains("\"a\"") && !text.contains("key"), "{text}");
     assert!(Path::new(&site.files("a").key).exists());
 }
+
+/// A timer per piece would limit every connection to 16 KiB per millisecond: the best of three must be clearly faster, capped or not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cap_that_is_not_reached_costs_no_time() {
+    const MESSAGES: usize = 32;
+    for cap in [None, Some(100_000_000_000)] {
+        let (a, mut b, _listener) = pair(limits(), Arc::new(Pace::new(cap))).await;
+        let (bulk_a, bulk_b) = (a.bulk.as_ref().unwrap(), b.bulk.as_mut().unwrap());
+        let mut best = Duration::MAX;
+        for _ in 0..3 {
+            let start = Instant::now();
+            let send = async {
+                for _ in 0..MESSAGES {
+                    bulk_a.send(vec![3; 1 << 20]).await.unwrap();
+                }
+            };
+            let receive = async {
+                for _ in 0..MESSAGES {
+                    assert_eq!(bulk_b.receive().await.unwrap().unwrap().len(), 1 << 20);
+                }
+            };
+            tokio::join!(send, receive);
+            best = best.min(start.elapsed());
+        }
+        assert!(best < Duration::from_millis(1400), "{cap:?}: {best:?}");
+    }
+}

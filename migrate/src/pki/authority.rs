@@ -315,12 +315,18 @@ impl Authority {
         }
     }
 
-    fn write_trust(&self, current: &Generation, previous: Option<&Generation>) -> Result<(), PkiError> {
-        let mut text = pem::block("CERTIFICATE", &current.der);
-        if let Some(previous) = previous {
-            text += &pem::block("CERTIFICATE", &previous.der);
+    /// Replaces `trust.pem` if it is not what it should be: a crash may have come between it and `ca.pem`, or an overlap has ended.
+    fn refresh_trust(&self, current: &Generation, now_s: i64) -> Result<(), PkiError> {
+        let previous = self.previous()?.filter(|p| p.info.not_after_s >= now_s);
+        let known = files::read(&self.trust(), Secrecy::Public, INIT);
+        if known.is_ok_and(|known| known == trust_text(current, previous.as_ref())) {
+            return Ok(());
         }
-        files::write(&self.trust(), Secrecy::Public, &text)
+        self.write_trust(current, previous.as_ref())
+    }
+
+    fn write_trust(&self, current: &Generation, previous: Option<&Generation>) -> Result<(), PkiError> {
+        files::write(&self.trust(), Secrecy::Public, &trust_text(current, previous))
     }
 
     fn load_host(&self, host: &str) -> Result<CertificateInfo, PkiError> {
@@ -340,6 +346,7 @@ impl Authority {
                 remedy: "run: ferry pki rotate".into(),
             });
         }
+        self.refresh_trust(&ca, now_s)?;
         let key = KeyPair::generate_for(&PKCS_ED25519).map_err(PkiError::crypto("make a key"))?;
         let end_s = ca.info.not_after_s.min(now_s + i64::from(days) * DAY_S);
         let mut params = parameters(host, now_s - CLOCK_SKEW_S, end_s)?;
@@ -411,6 +418,11 @@ impl Authority {
         let list = sign_list(&generation, revoked, number + 1, now_s)?;
         files::write(&path, Secrecy::Public, &(self.lists_except(&generation)? + &list))
     }
+}
+
+fn trust_text(current: &Generation, previous: Option<&Generation>) -> String {
+    let previous = previous.map_or(String::new(), |previous| pem::block("CERTIFICATE", &previous.der));
+    pem::block("CERTIFICATE", &current.der) + &previous
 }
 
 const INIT: &str = "run: ferry pki init";

@@ -82,7 +82,8 @@ impl Credentials {
             }
             trust.push((der, info));
         }
-        if let Some((_, info)) = trust.iter().max_by_key(|(_, info)| info.not_after_s)
+        let valid = trust.iter().any(|(_, info)| info.validity_problem(now_s).is_none());
+        if let Some((_, info)) = trust.iter().max_by_key(|(_, info)| info.not_after_s).filter(|_| !valid)
             && let Some(problem) = info.validity_problem(now_s)
         {
             return Err(PkiError::Validity {

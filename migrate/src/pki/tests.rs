@@ -133,6 +133,11 @@ fn a_new_generation_of_the_authority_and_the_old_one_are_trusted_together_until_
     authority.rotate_host("a", HOST_DAYS, 1, NOW_S).unwrap();
     let a = Credentials::load(&install(&authority, "a", &dir.path().join("a")), NOW_S).unwrap();
     assert!(a.is_revoked(&old_b, NOW_S + DAY_S));
+    // A crash that left the list of authorities behind is made good by the next command.
+    let trust = fs::read_to_string(authority.trust()).unwrap();
+    fs::write(authority.trust(), &trust[..trust.len() / 2]).unwrap();
+    authority.issue("late", &[], HOST_DAYS, NOW_S).unwrap();
+    assert_eq!(fs::read_to_string(authority.trust()).unwrap(), trust);
     let a = Credentials::load(&install(&authority, "a", &dir.path().join("a")), after).unwrap();
     assert_eq!(a.roots(after).0.len(), 1);
     assert_eq!(a.roots(NOW_S).1, after, "the set of authorities changes when the overlap ends");
