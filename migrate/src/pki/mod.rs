@@ -1,0 +1,24 @@
+//! Keys and certificates of the hosts between which VMs migrate.
+//!
+//! A host is identified by the first DNS name in its certificate's subject alternative name ([`host_name`] says what such a name
+//! looks like). [`Authority`] is a private certificate authority in a directory; [`Credentials`] is what a host loads, whoever issued it.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
+)]
+
+mod authority;
+mod certificate;
+mod credentials;
+mod error;
+mod files;
+mod pem;
+#[cfg(test)]
+mod tests;
+
+pub use authority::{Authority, CA_DAYS, HOST_DAYS, Issued, MAX_DAYS, OVERLAP_DAYS, Role, Shown, host_name};
+pub use certificate::{CertificateInfo, MAX_NAMES, Utc};
+pub(crate) use credentials::host_identity;
+pub use credentials::{CredentialFiles, Credentials};
+pub use error::PkiError;
+pub use files::MAX_FILE_BYTES;
