@@ -6,8 +6,8 @@ use ferry_dataplane::conntrack::{
     Portable, PortableKey, PortableSctp, PortableSide, PortableState, PortableTcp, Tally, Timeouts, Traffic, Way,
 };
 use ferry_dataplane::packet::IpProto;
-use ferry_migrate::encoding::{BatchHeader, BatchLimits, BatchPlace, BatchReader, BatchWriter};
 use ferry_migrate::compress::{Codec, CompressMode, Compressor};
+use ferry_migrate::encoding::{BatchHeader, BatchLimits, BatchPlace, BatchReader, BatchWriter};
 use ferry_migrate::record::{PortableTombstone, Record, RecordError};
 
 const PLACE: BatchPlace = BatchPlace { migration: 0x0011_2233_4455_6677_8899_aabb_ccdd_eeff, round: 2, sequence: 3 };

@@ -7,8 +7,8 @@ use ferry_dataplane::conntrack::{
     Removal, Stored, Timeouts, Traffic,
 };
 use ferry_dataplane::packet::IpProto;
-use ferry_migrate::encoding::{BatchLimits, BatchPlace, BatchReader, BatchWriter};
 use ferry_migrate::compress::{CompressMode, Compressor};
+use ferry_migrate::encoding::{BatchLimits, BatchPlace, BatchReader, BatchWriter};
 use ferry_migrate::record::{PortableTombstone, Record};
 
 const CONNECTIONS: u32 = 20_000;

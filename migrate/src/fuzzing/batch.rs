@@ -4,10 +4,10 @@ use std::sync::Mutex;
 
 use ferry_dataplane::conntrack::{ConnTable, ModelTable, Portable, Timeouts, Tracker};
 
+use crate::compress::{Codec, CompressMode, Compressor, decompress};
 use crate::encoding::{
     BatchLimits, BatchPlace, BatchReader, BatchWriter, HEADER_BYTES, MAX_BATCH_BYTES, MAX_RAW_BYTES, batch_bytes,
 };
-use crate::compress::{Codec, CompressMode, Compressor, decompress};
 use crate::record::{CONNECTION_BYTES, MAX_RECORD_BYTES, Record, RecordError, TOMBSTONE_BYTES, decode};
 
 /// How far an input came.
