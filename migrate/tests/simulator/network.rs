@@ -33,12 +33,13 @@ const WINDOW_BYTES: usize = 96 * 1024;
 struct Pipe {
     frames: VecDeque<(u64, Frame, usize)>,
     last_ms: u64,
+    busy_until_us: u64,
     in_flight: usize,
 }
 
 impl Pipe {
     fn new() -> Self {
-        Self { frames: VecDeque::new(), last_ms: 0, in_flight: 0 }
+        Self { frames: VecDeque::new(), last_ms: 0, busy_until_us: 0, in_flight: 0 }
     }
 }
 
@@ -66,7 +67,7 @@ pub enum Sent {
 }
 
 impl Channel {
-    pub fn new(ends: [usize; 2], hostility: Hostility, rng: &mut Rng) -> Self {
+    pub fn new(ends: [usize; 2], hostility: Hostility, bytes_per_ms: usize, rng: &mut Rng) -> Self {
         let low = rng.range(0, 2);
         Self {
             ends,
@@ -75,7 +76,7 @@ impl Channel {
             cut: false,
             notice_ms: [None; 2],
             latency_ms: (low, low + rng.range(0, 4)),
-            bytes_per_ms: rng.range(4, 400) as usize * 1024,
+            bytes_per_ms,
             hostility,
         }
     }
@@ -88,9 +89,11 @@ impl Channel {
         if self.cut {
             return;
         }
-        let delay = rng.range(self.latency_ms.0, self.latency_ms.1) + (bytes / self.bytes_per_ms) as u64;
+        let latency_ms = rng.range(self.latency_ms.0, self.latency_ms.1);
         let pipe = &mut self.pipes[pipe];
-        pipe.last_ms = pipe.last_ms.max(now_ms + delay);
+        // One frame after the other at the link's rate, in microseconds.
+        pipe.busy_until_us = pipe.busy_until_us.max(now_ms * 1000) + (bytes * 1000 / self.bytes_per_ms) as u64;
+        pipe.last_ms = pipe.last_ms.max(pipe.busy_until_us / 1000 + latency_ms);
         pipe.in_flight += bytes;
         pipe.frames.push_back((pipe.last_ms, frame, bytes));
     }
@@ -187,8 +190,7 @@ impl Channel {
     }
 
     pub fn is_over(&self) -> bool {
-        self.closed == [true; 2] && self.pipes.iter().all(|pipe| pipe.frames.is_empty())
-            || self.cut && self.closed == [true; 2]
+        self.closed == [true; 2] && (self.cut || self.pipes.iter().all(|pipe| pipe.frames.is_empty()))
     }
 }
 

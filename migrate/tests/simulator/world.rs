@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use ferry_dataplane::conntrack::{ConnMap, Connection, Cursor, Imported, Key, Removal};
+use ferry_dataplane::conntrack::{ConnMap, Connection, Cursor, Imported, Key};
 use ferry_migrate::destination::{self, Destination, DestinationLimits};
 use ferry_migrate::message::{self, Abilities, Began, List, Message, Name, Note, Offer, Refuse, RefuseCode, WhenLate};
 use ferry_migrate::rounds::RoundLimits;
@@ -200,6 +200,9 @@ struct Scene {
     refuses: u64,
     slow_switch: u64,
     postmigrate: bool,
+    bytes_per_ms: usize,
+    /// More connections than the table holds.
+    crowded: bool,
 }
 
 pub struct World {
@@ -291,18 +294,21 @@ impl World {
             lose: level / 2 * rng.range(0, 1),
             cut: level * rng.range(0, 1),
         };
+        let crowded = rng.chance(150_000);
         let policies = [WhenLate::FailOpen, WhenLate::FailClosed];
         let scene = Scene {
             hostility,
             faults: if quiet { 0 } else { rng.pick(&[0, 2000, 10_000, 40_000]) },
             flows: rng.range(4, 120) as u16,
-            capacity: 1024,
+            capacity: if crowded { 48 } else { 1024 },
             packets_per_ms: rng.range(0, 8),
             when_late: [rng.pick(&policies), rng.pick(&policies)],
             migrations: rng.range(1, 3),
             refuses: if quiet { 0 } else { 60_000 },
             slow_switch: if quiet { 0 } else { rng.pick(&[0, 0, 30_000]) },
             postmigrate: rng.chance(200_000),
+            bytes_per_ms: if quiet { 50_000 } else { rng.pick(&[150, 1000, 20_000, 400_000]) },
+            crowded,
         };
         let (limits, destination_limits) = limits(&mut rng);
         let host = |name: &str, running: bool, rng: &mut Rng| {
@@ -491,6 +497,10 @@ impl World {
     /// The VM's table is as it would be had nobody looked at it.
     fn check_shadow(&self) {
         let (Some(at), Some(shadow)) = (self.running_at(), &self.shadow) else { return };
+        if self.scene.crowded {
+            // Which of the equals makes room depends on the places that entries have.
+            return;
+        }
         if self.hosts[at].up_at_ms.is_some() {
             return;
         }
@@ -642,7 +652,6 @@ impl World {
 
     fn kick_source(&mut self, at: usize) {
         self.say(|| format!("KICK at {at}"));
-        self.at_stop = None;
         self.tell_source(at, source::Event::Kick);
         if self.hosts[at].up_at_ms.is_none() {
             if self.shadow.is_none() {
@@ -945,7 +954,7 @@ impl World {
             self.channels[old].close(1, self.now_ms, &mut self.rng);
         }
         let id = self.channels.len();
-        self.channels.push(Channel::new([host, to], self.scene.hostility, &mut self.rng));
+        self.channels.push(Channel::new([host, to], self.scene.hostility, self.scene.bytes_per_ms, &mut self.rng));
         self.hosts[host].dialled = Some(id);
         self.hosts[to].accepted = Some(id);
         let peer = self.hosts[host].name.clone();
@@ -1018,8 +1027,7 @@ impl World {
                 self.coverage.forgotten += 1;
                 let mut cursor = Cursor::default();
                 while self.hosts[host].table.map.flush(&mut cursor, 4096, &(), &mut |_| true) {}
-                let flushed = self.hosts[host].table.map.stats().flushed;
-                assert!(flushed <= u64::from(self.scene.capacity) || Removal::ALL.is_empty());
+                assert!(self.hosts[host].table.map.is_empty());
             }
             source::Action::Report(report) => match report {
                 source::Report::Round(round) => {
