@@ -13,4 +13,5 @@ pub mod metrics;
 pub mod notify;
 pub mod plan;
 pub mod ports;
+pub mod qmp;
 pub mod threads;

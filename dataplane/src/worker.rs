@@ -115,8 +115,8 @@ impl<K: Kinds> Worker<K> {
             counters,
             burst: RxBurst::new(),
             private: RxBurst::new(),
-            private_bytes: Vec::new(),
-            private_frames: Vec::new(),
+            private_bytes: Vec::with_capacity(256 << 10),
+            private_frames: Vec::with_capacity(256),
             router: Router {
                 batches: (0..MAX_PORTS).map(|_| Batch::default()).collect(),
                 active: Vec::with_capacity(MAX_PORTS),

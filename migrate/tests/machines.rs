@@ -56,7 +56,7 @@ fn connections(items: &[Item]) -> Vec<Key> {
         .iter()
         .filter_map(|item| match item {
             Item::Connection(c) => Some(c.key),
-            Item::Tombstone { .. } => None,
+            Item::Tombstone { .. } | Item::Lapsed { .. } => None,
         })
         .collect();
     keys.sort_unstable();

@@ -180,6 +180,11 @@ impl Connection {
     }
 
     #[inline]
+    pub(super) fn set_traffic(&mut self, traffic: [Traffic; 2]) {
+        self.traffic = traffic;
+    }
+
+    #[inline]
     pub(super) fn account(&mut self, way: Way, bytes: u32, dither: u32) {
         let [original, reply] = &mut self.traffic;
         let traffic = match way {
@@ -208,6 +213,19 @@ pub struct Tally(u32);
 impl Tally {
     const MANTISSA_BITS: u32 = 27;
     const MANTISSA: u32 = (1 << Self::MANTISSA_BITS) - 1;
+
+    /// As it is kept: exponent in the upper 5 bits, mantissa in the lower 27.
+    #[inline]
+    pub const fn raw(self) -> u32 {
+        self.0
+    }
+
+    /// From what [`Self::raw`] gave; `None` for a number that counting cannot lead to (its mantissa has room left).
+    #[inline]
+    pub const fn from_raw(raw: u32) -> Option<Self> {
+        let normalised = raw >> Self::MANTISSA_BITS == 0 || raw & Self::MANTISSA > Self::MANTISSA / 2;
+        if normalised { Some(Self(raw)) } else { None }
+    }
 
     /// The count.
     #[inline]

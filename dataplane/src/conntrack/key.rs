@@ -156,6 +156,12 @@ impl Key {
         (self.local_port, kind, code)
     }
 
+    /// ICMP question and answer, and the other side asked.
+    #[inline]
+    pub fn asked_by_remote(&self) -> bool {
+        self.flags & REMOTE_ASKED != 0
+    }
+
     /// The key's 40 bytes as words, for hashing.
     #[inline]
     pub fn words(&self) -> [u64; 5] {

@@ -27,6 +27,7 @@ mod generic;
 mod icmp;
 mod key;
 mod map;
+mod portable;
 mod sctp;
 mod table;
 mod tcp;
@@ -46,6 +47,10 @@ pub use map::sample;
 pub use map::{
     ConnHandle, ConnMap, Cursor, DEFAULT_CAPACITY, Dirt, Imported, MAX_CAPACITY, MapError, MapStats, Observer, Removal,
     Tombstone, Uncollected, VERSION_BITS, VERSION_MAX, newer,
+};
+pub use portable::{
+    MAX_AGE_MS, MAX_TCP_WINDOW, Portable, PortableError, PortableKey, PortableSctp, PortableSide, PortableState,
+    PortableTcp,
 };
 pub use sctp::SctpState;
 pub use table::{Change, ConnTable, InsertError, ModelTable, Stored};

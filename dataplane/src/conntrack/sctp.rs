@@ -1,5 +1,5 @@
 //! SCTP associations (RFC 9260) as a middle box sees them: chunks move the state, verification tags say who belongs.
-use super::config::TrackConfig;
+use super::config::{Timeouts, TrackConfig};
 use super::dissect::SctpPacket;
 use super::entry::Connection;
 use super::key::Way;
@@ -143,23 +143,23 @@ const TAG_REFLECTED: u8 = 1;
 
 /// An association's words, unpacked.
 #[derive(Clone, Copy, Default)]
-struct Sctp {
+pub(super) struct Sctp {
     /// The tag that packets going this way must carry; 0 unknown.
-    tags: [u32; 2],
+    pub(super) tags: [u32; 2],
     /// An INIT has been seen this way, and no COOKIE ACK since.
-    init: [bool; 2],
+    pub(super) init: [bool; 2],
     /// The last HEARTBEAT carried another tag, and went this way.
-    heartbeat_failed: Option<Way>,
+    pub(super) heartbeat_failed: Option<Way>,
 }
 
 impl Sctp {
-    fn load(conn: &Connection) -> Self {
+    pub(super) fn load(conn: &Connection) -> Self {
         let &[a, b, bits, ..] = conn.words();
         let way = if bits & 8 == 0 { Way::Original } else { Way::Reply };
         Self { tags: [a, b], init: [bits & 1 != 0, bits & 2 != 0], heartbeat_failed: (bits & 4 != 0).then_some(way) }
     }
 
-    fn store(&self, conn: &mut Connection) {
+    pub(super) fn store(&self, conn: &mut Connection) {
         let [a, b] = self.tags;
         let [ia, ib] = self.init;
         let mut bits = u32::from(ia) | u32::from(ib) << 1;
@@ -291,7 +291,7 @@ pub(super) fn track(
         return Step::Invalid(why, change);
     }
     if prolong {
-        conn.refresh(now_ms, timeout(new, config));
+        conn.refresh(now_ms, timeout(new, &config.timeouts));
     }
     Step::Pass(change.max(Change::Bookkeeping))
 }
@@ -374,8 +374,8 @@ fn agree(sctp: &mut Sctp, packet: &SctpPacket, chunk: ChunkType, way: Way, old: 
     true
 }
 
-fn timeout(state: SctpState, config: &TrackConfig) -> u32 {
-    let t = &config.timeouts;
+/// A state's time-out.
+pub(super) fn timeout(state: SctpState, t: &Timeouts) -> u32 {
     match state {
         SctpState::None | SctpState::Closed => t.sctp_closed_ms,
         SctpState::CookieWait => t.sctp_cookie_wait_ms,

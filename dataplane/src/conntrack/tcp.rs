@@ -3,12 +3,13 @@
 //! After Guido van Rooij, "Real Stateful TCP Packet Filtering in IP Filter", with Linux's refinements: segments are judged
 //! against what both sides have been seen to send and to acknowledge. In doubt the endpoint decides: a segment that may be valid
 //! passes but moves nothing ("ignored"), since the endpoint's answer will tell.
-use super::config::TrackConfig;
+use super::config::{Timeouts, TrackConfig};
 use super::dissect::Segment;
 use super::entry::Connection;
 use super::key::Way;
 use super::table::Change;
 use super::{Invalid, Step};
+use crate::packet::IpProto;
 use crate::packet::tcp::Flags;
 
 /// State of a TCP connection. The numbers are Linux's.
@@ -84,7 +85,7 @@ impl TcpState {
 /// What kind of segment, by its most significant flag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-enum Kind {
+pub(super) enum Kind {
     Syn = 0,
     SynAck = 1,
     Fin = 2,
@@ -110,7 +111,7 @@ impl Kind {
     }
 
     #[inline]
-    fn from_number(number: u32) -> Self {
+    pub(super) fn from_number(number: u32) -> Self {
         match number {
             0 => Self::Syn,
             1 => Self::SynAck,
@@ -194,34 +195,34 @@ pub(super) fn flags_possible(flags: Flags) -> bool {
 }
 
 // Flags of one side.
-const WINDOW_SCALE: u32 = 1;
-const SACK_PERMITTED: u32 = 2;
-const CLOSE_INIT: u32 = 4;
-const BE_LIBERAL: u32 = 8;
-const UNACKNOWLEDGED: u32 = 16;
-const MAX_ACK_SET: u32 = 32;
+pub(super) const WINDOW_SCALE: u32 = 1;
+pub(super) const SACK_PERMITTED: u32 = 2;
+pub(super) const CLOSE_INIT: u32 = 4;
+pub(super) const BE_LIBERAL: u32 = 8;
+pub(super) const UNACKNOWLEDGED: u32 = 16;
+pub(super) const MAX_ACK_SET: u32 = 32;
 // Flags of the last segment; the first two as above.
-const CHALLENGE_EXPECTED: u32 = 4;
-const SIMULTANEOUS_OPEN: u32 = 8;
+pub(super) const CHALLENGE_EXPECTED: u32 = 4;
+pub(super) const SIMULTANEOUS_OPEN: u32 = 8;
 
 /// Lag of acknowledgements that is always tolerated, bytes.
 const MAX_ACK_LAG: u32 = 66_000;
 /// RFC 7323, 2.3.
-const MAX_SCALE: u8 = 14;
+pub(super) const MAX_SCALE: u8 = 14;
 
 /// What one side has sent and may send.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Side {
+pub(super) struct Side {
     /// Highest sequence number sent, plus one.
-    end: u32,
+    pub(super) end: u32,
     /// Up to where the other side has allowed it to send.
-    max_end: u32,
+    pub(super) max_end: u32,
     /// Largest window it has announced, bytes.
-    max_window: u32,
+    pub(super) max_window: u32,
     /// Highest acknowledgement it has sent; valid with MAX_ACK_SET.
-    max_ack: u32,
-    scale: u8,
-    flags: u32,
+    pub(super) max_ack: u32,
+    pub(super) scale: u8,
+    pub(super) flags: u32,
 }
 
 impl Side {
@@ -307,17 +308,17 @@ fn after(a: u32, b: u32) -> bool {
 
 /// A connection's TCP words, unpacked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Tcp {
-    sides: [Side; 2],
-    last_kind: Kind,
-    last_way: Way,
-    last_seq: u32,
-    last_ack: u32,
-    last_end: u32,
-    last_window: u16,
-    last_scale: u8,
-    last_flags: u32,
-    retrans: u8,
+pub(super) struct Tcp {
+    pub(super) sides: [Side; 2],
+    pub(super) last_kind: Kind,
+    pub(super) last_way: Way,
+    pub(super) last_seq: u32,
+    pub(super) last_ack: u32,
+    pub(super) last_end: u32,
+    pub(super) last_window: u16,
+    pub(super) last_scale: u8,
+    pub(super) last_flags: u32,
+    pub(super) retrans: u8,
 }
 
 impl Tcp {
@@ -335,7 +336,7 @@ impl Tcp {
     };
 
     #[inline]
-    fn load(conn: &Connection) -> Self {
+    pub(super) fn load(conn: &Connection) -> Self {
         let &[e0, m0, w0, a0, e1, m1, w1, a1, bits, last_end, last_ack, last] = conn.words();
         Self {
             sides: [
@@ -387,7 +388,7 @@ impl Tcp {
 
     /// Stores and says how much changed, state and time aside.
     #[inline]
-    fn store(&self, conn: &mut Connection) -> Change {
+    pub(super) fn store(&self, conn: &mut Connection) -> Change {
         let [a, b] = &self.sides;
         let bits = self.bits();
         let last = u32::from(self.last_window) | (self.last_end.wrapping_sub(self.last_seq) & 0xffff) << 16;
@@ -444,6 +445,25 @@ impl Tcp {
         self.last_seq = segment.seq;
         self.last_end = segment.end();
         self.last_window = segment.window;
+    }
+}
+
+impl Connection {
+    /// For a connection whose TCP windows are out of date, since segments passed that were not tracked: each side's window begins anew with
+    /// its next segment, whatever its numbers are. What was agreed on (scales, SACK) stays, and so does the highest acknowledgement, which
+    /// keeps blind RSTs from ending the connection meanwhile. Returns whether there was anything to forget: before the handshake is
+    /// over, and for other protocols, there is not.
+    pub fn forget_windows(&mut self) -> bool {
+        let state = TcpState::from_number(self.state());
+        if self.key.proto() != IpProto::TCP || !(state == TcpState::Established || state.is_closing()) {
+            return false;
+        }
+        let mut tcp = Tcp::load(self);
+        for side in &mut tcp.sides {
+            side.max_window = 0;
+        }
+        tcp.retrans = 0;
+        tcp.store(self) != Change::None
     }
 }
 
@@ -845,9 +865,10 @@ fn distrust(tcp: &mut Tcp, conn: &mut Connection, kind: Kind, way: Way, config: 
     }
 }
 
-fn timeout(tcp: &Tcp, state: TcpState, kind: Kind, config: &TrackConfig) -> u32 {
-    let t = &config.timeouts;
-    let by_state = match state {
+/// A state's own time-out.
+#[inline]
+pub(super) fn by_state(state: TcpState, t: &Timeouts) -> u32 {
+    match state {
         TcpState::None | TcpState::SynSent => t.tcp_syn_sent_ms,
         TcpState::SynSent2 => t.tcp_syn_sent2_ms,
         TcpState::SynRecv => t.tcp_syn_recv_ms,
@@ -857,7 +878,12 @@ fn timeout(tcp: &Tcp, state: TcpState, kind: Kind, config: &TrackConfig) -> u32 
         TcpState::LastAck => t.tcp_last_ack_ms,
         TcpState::TimeWait => t.tcp_time_wait_ms,
         TcpState::Close => t.tcp_close_ms,
-    };
+    }
+}
+
+fn timeout(tcp: &Tcp, state: TcpState, kind: Kind, config: &TrackConfig) -> u32 {
+    let t = &config.timeouts;
+    let by_state = by_state(state, t);
     if tcp.retrans >= config.tcp_max_retrans && by_state > t.tcp_max_retrans_ms {
         t.tcp_max_retrans_ms
     } else if kind == Kind::Rst {

@@ -5,7 +5,7 @@ use super::entry::Connection;
 use super::table::Change;
 
 /// An exchange that goes on this long after its first packet is a stream: longer time-out, assured.
-const STREAM_AFTER_MS: u32 = 2000;
+pub(super) const STREAM_AFTER_MS: u32 = 2000;
 
 /// UDP. The first word holds from when on the exchange is a stream.
 pub(super) fn track(conn: &mut Connection, fresh: bool, config: &TrackConfig, now_ms: u64) -> Step {

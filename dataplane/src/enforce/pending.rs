@@ -8,6 +8,10 @@ use crate::bridge::fdb::PortId;
 /// Most bytes that wait at one time; what comes then is lost and counted. A burst's fragments can complete a few datagrams of 64 KiB.
 const MAX_BYTES: usize = 4 << 20;
 
+/// Memory taken at the beginning: a burst of answers, or a few datagrams.
+const USUAL_BYTES: usize = 256 << 10;
+const USUAL_FRAMES: usize = 256;
+
 /// How a pending frame goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Next {
@@ -45,6 +49,11 @@ pub(crate) struct Pending {
 }
 
 impl Pending {
+    /// Nothing waiting, and room for what bursts usually leave.
+    pub(crate) fn new() -> Self {
+        Self { bytes: Vec::with_capacity(USUAL_BYTES), frames: Vec::with_capacity(USUAL_FRAMES), lost: 0 }
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.frames.is_empty() && self.lost == 0
     }

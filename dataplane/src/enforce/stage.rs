@@ -97,7 +97,7 @@ impl Stage {
             thread,
             dither: 0x9e37_79b9 ^ thread as u32,
             answer: Box::new([0; MAX_ANSWER_BYTES]),
-            pending: Pending::default(),
+            pending: Pending::new(),
             events,
         }
     }

@@ -240,6 +240,19 @@ fn member<'a, T>(value: &'a Value, name: &str, get: impl FnOnce(&'a Value) -> Op
 /// # Errors
 /// [`ReplayError::Format`].
 pub fn replay_scenario(doc: &Value, scenario: &Value) -> Result<Vec<StepResult>, ReplayError> {
+    replay_scenario_with(doc, scenario, |_, _, _| 0)
+}
+
+/// As [`replay_scenario`]; before each step `between` is called with the step's number from 0, the tracker and the tracker's time. By what
+/// it returns the tracker's clock goes forward, milliseconds, as if it had become another host's.
+///
+/// # Errors
+/// [`ReplayError::Format`].
+pub fn replay_scenario_with(
+    doc: &Value,
+    scenario: &Value,
+    mut between: impl FnMut(usize, &mut Tracker<ModelTable>, u64) -> u64,
+) -> Result<Vec<StepResult>, ReplayError> {
     let policy = doc.pointer("/policy/name").and_then(Value::as_str).unwrap_or("std");
     if policy != "std" {
         return Err(format_error(format!("unknown policy {policy}")));
@@ -247,10 +260,13 @@ pub fn replay_scenario(doc: &Value, scenario: &Value) -> Result<Vec<StepResult>,
     let config = config_of(doc, scenario.get("profile").and_then(Value::as_str).unwrap_or("default"))?;
     let mut tracker = Tracker::new(ModelTable::new(1 << 16), config);
     let mut results = Vec::new();
-    for step in member(scenario, "steps", Value::as_array)? {
+    // The clock begins anywhere, here just before its 32 bits wrap.
+    let mut start_ms = u64::from(u32::MAX) - 1000;
+    for (number, step) in member(scenario, "steps", Value::as_array)?.iter().enumerate() {
         let frame = unhex(member(step, "frame", Value::as_str)?)?;
-        // The clock begins anywhere, here just before its 32 bits wrap.
-        let now_ms = (u64::from(u32::MAX) - 1000) + member(step, "at_ms", Value::as_u64)?;
+        let at_ms = member(step, "at_ms", Value::as_u64)?;
+        start_ms = start_ms.wrapping_add(between(number, &mut tracker, start_ms.wrapping_add(at_ms)));
+        let now_ms = start_ms.wrapping_add(at_ms);
         let toward = match member(step, "in", Value::as_str)? {
             "A" => Toward::Egress,
             "B" => Toward::Ingress,
