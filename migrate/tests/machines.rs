@@ -251,7 +251,7 @@ fn the_rate_is_kept_while_the_vm_runs_and_no_longer() {
     while source.next_tick_ms(101) == Some(101) {
         last.extend(tell(&mut source, 101, vec![source::Event::Tick { room_bytes }]));
     }
-    assert!(total + sent(&last) > 4000 * 128, "the rest at once");
+    assert!(total + sent(&last) > 4000 * ferry_migrate::batch::CONNECTION_BYTES, "the rest at once");
     assert!(matches!(last.last(), Some(source::Action::Send(Message::FinalEnd { .. }))));
 }
 
@@ -430,6 +430,24 @@ fn a_commit_that_nobody_confirms_is_told_as_such_and_forgotten_in_the_end() {
     let out = hear(&mut destination, 60_101, vec![destination::Event::Tick]);
     assert!(matches!(out.first(), Some(destination::Action::Withdraw)));
     assert_eq!(destination.state(), destination::State::Empty);
+}
+
+#[test]
+fn a_batch_after_the_commit_is_faster_than_the_word_that_the_vm_runs_on() {
+    let (mut destination, table) = staging(DestinationLimits::default());
+    let mark = Mark { round: 0, batches: 0, items: 0, digest: Digest::default().value() };
+    let messages = [Message::FinalBegin { round: 0 }, Message::FinalEnd { mark, lagging: 0 }];
+    hear(&mut destination, 1, messages.map(destination::Event::Message).into());
+    let batch = Batch { round: 1, sequence: 0, clear: false, items: vec![Item::Connection(sample(1))] };
+    let mut digest = Digest::default();
+    digest.add(&batch);
+    let out = hear(&mut destination, 2, vec![destination::Event::Batch(batch)]);
+    assert!(matches!(out.as_slice(), [destination::Action::Withdraw]), "no packet sees what is being changed");
+    assert_eq!((destination.state(), table.len()), (destination::State::Staging, 1));
+    let mark = Mark { round: 1, batches: 1, items: 1, digest: digest.value() };
+    let messages = [Message::Resume, Message::RoundBegin { round: 1 }, Message::RoundEnd(mark)];
+    let out = hear(&mut destination, 3, messages.map(destination::Event::Message).into());
+    assert!(out.iter().any(|action| matches!(action, destination::Action::Send(Message::RoundAck(_)))));
 }
 
 #[test]

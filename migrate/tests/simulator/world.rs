@@ -643,7 +643,16 @@ impl World {
                 self.qemu = Qemu::Running { at: from, next_ms };
                 self.kick_source(from);
             }
-            Why::PauseInPreCopy { rounds } => {
+            Why::PauseInPreCopy { mut rounds } => {
+                let mut next_ms = next_ms;
+                if self.faults_left > 0
+                    && self.rng.chance(100_000)
+                    && let Some(channel) = self.channels.last_mut()
+                {
+                    // What a commit is worth that is taken back unheard, with the last stop close behind.
+                    channel.break_off(self.now_ms, &mut self.rng);
+                    (rounds, next_ms) = (0, self.now_ms + self.rng.range(1, 8));
+                }
                 self.qemu = Qemu::PreCopy { from, rounds, next_ms };
                 self.kick_source(from);
             }
