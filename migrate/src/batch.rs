@@ -1,14 +1,12 @@
 //! What travels on the bulk connection: items in batches, and the digest by which both sides know that they have the same.
 //!
-//! These are the contents; the bytes are the record format's affair.
+//! These are the contents; the bytes are made in [`crate::wire`].
 use ferry_dataplane::conntrack::{Connection, Key};
 
-/// Bytes that a connection takes on the wire, for estimates and rates; the record format stays at or below.
-pub const CONNECTION_BYTES: usize = 128;
-/// Bytes that a tombstone takes.
-pub const TOMBSTONE_BYTES: usize = 48;
+pub use crate::record::{CONNECTION_BYTES, TOMBSTONE_BYTES};
+
 /// Bytes that a batch takes beside its items.
-pub const BATCH_BYTES: usize = 64;
+pub const BATCH_BYTES: usize = crate::encoding::HEADER_BYTES;
 /// Most items of a batch.
 pub const MAX_BATCH_ITEMS: usize = 1024;
 
@@ -25,13 +23,23 @@ pub enum Item {
         /// The version that it had.
         version: u32,
     },
+    /// A connection that cannot be stored by whom it has reached: it has expired on the way, or is one that tracking there cannot make. Never
+    /// sent.
+    Lapsed {
+        /// Whose.
+        key: Key,
+        /// Its version: what is older has lapsed too.
+        version: u32,
+        /// It has expired on the way.
+        expired: bool,
+    },
 }
 
 impl Item {
     /// Bytes on the wire.
     pub const fn wire_bytes(&self) -> usize {
         match self {
-            Self::Connection(_) => CONNECTION_BYTES,
+            Self::Connection(_) | Self::Lapsed { .. } => CONNECTION_BYTES,
             Self::Tombstone { .. } => TOMBSTONE_BYTES,
         }
     }
@@ -61,7 +69,7 @@ impl Batch {
 /// A running digest over batches: equal at both ends if the same batches with the same items came in the same order.
 ///
 /// It finds mistakes: a batch lost, doubled or exchanged between encoder and decoder. It is no protection against an attacker, who has TLS
-/// to overcome first. Covers identity, version, state and counters of each item, not times, which are by each host's clock.
+/// to overcome first, nor against damage, which the batches' checksums find. Covers identity and version of each item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Digest {
     low: u64,
@@ -86,23 +94,13 @@ impl Digest {
         self.word(batch.sequence);
         self.word(batch.items.len() as u64);
         for item in &batch.items {
-            match item {
-                Item::Connection(c) => {
-                    self.key(&c.key);
-                    let opened_by_vm = c.opened() == ferry_dataplane::conntrack::Toward::Egress;
-                    let bits = [opened_by_vm, c.seen_reply(), c.assured()];
-                    let bits = bits.into_iter().fold(1, |bits, bit| bits << 1 | u64::from(bit));
-                    self.word(u64::from(c.version) << 32 | u64::from(c.state()) << 8 | bits);
-                    for way in [ferry_dataplane::conntrack::Way::Original, ferry_dataplane::conntrack::Way::Reply] {
-                        let traffic = c.traffic(way);
-                        self.word(traffic.packets.get() << 32 ^ traffic.bytes.get());
-                    }
-                }
-                Item::Tombstone { key, version } => {
-                    self.key(key);
-                    self.word(u64::from(*version) << 32);
-                }
-            }
+            let (key, version, gone) = match item {
+                Item::Connection(c) => (&c.key, c.version, false),
+                Item::Lapsed { key, version, .. } => (key, *version, false),
+                Item::Tombstone { key, version } => (key, *version, true),
+            };
+            self.key(key);
+            self.word(u64::from(version) << 1 | u64::from(gone));
         }
     }
 
@@ -168,7 +166,8 @@ mod tests {
         let mut later = sample(1);
         later.refresh(1_000_000, 5);
         later.version = 1;
-        let same = [batch(0, vec![Item::Connection(later), connection(2, 1)]), good[1].clone()];
+        let lapsed = Item::Lapsed { key: sample(2).key, version: 1, expired: true };
+        let same = [batch(0, vec![Item::Connection(later), lapsed]), good[1].clone()];
         assert_eq!(digest(&same), digest(&good));
     }
 }

@@ -168,7 +168,7 @@ pub enum Report {
 pub struct Counts {
     /// Batches that had come before.
     pub repeated_batches: u64,
-    /// Connections of addresses or zones that are not the VM's.
+    /// Connections of addresses or zones that are not the VM's, or that tracking cannot have made.
     pub refused: u64,
     /// Connections that found no room.
     pub dropped: u64,
@@ -799,7 +799,8 @@ impl<T: TargetTable> Stage<T> {
                     self.bring(connection, now_ms, crowd);
                 }
                 Item::Connection(_) => self.refused += 1,
-                Item::Tombstone { key, version } => {
+                Item::Tombstone { key, version } | Item::Lapsed { key, version, .. } => {
+                    self.refused += u64::from(matches!(item, Item::Lapsed { expired: false, .. }));
                     if self.crowd.get(&key).is_some_and(|c| !newer(c.version, version)) {
                         self.crowd.remove(&key);
                     }

@@ -34,6 +34,8 @@ pub const MAX_RAW_BYTES: u32 = 1 << 20;
 pub const MAX_BATCH_BYTES: usize = MAX_HEADER_BYTES + MAX_RAW_BYTES as usize;
 /// Header flags with these bits must be understood; the others need not be.
 const MANDATORY_FLAGS: u16 = 0x00ff;
+/// Header flag: everything before this batch is void.
+const FLAG_CLEAR: u16 = 0x0001;
 
 /// How large batches may be. More than the format's own limits is cut to them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +67,8 @@ pub struct BatchPlace {
     pub round: u32,
     /// The batch's number within the migration, from 0 without gaps.
     pub sequence: u64,
+    /// Everything before this batch is void: the reader forgets all connections of the migration first.
+    pub clear: bool,
 }
 
 /// What a header says that a reader needs.
@@ -159,7 +163,7 @@ fn read_header(bytes: &[u8], limits: BatchLimits) -> Result<(BatchHeader, &[u8])
     if wire.header_crc.get() != header_crc(&wire, extensions) {
         return Err(RecordError::HeaderChecksum);
     }
-    let unknown = wire.flags.get() & MANDATORY_FLAGS;
+    let unknown = wire.flags.get() & MANDATORY_FLAGS & !FLAG_CLEAR;
     if unknown != 0 {
         return Err(RecordError::BatchFlags(unknown));
     }
@@ -178,7 +182,12 @@ fn read_header(bytes: &[u8], limits: BatchLimits) -> Result<(BatchHeader, &[u8])
     }
     skip_extensions(extensions)?;
     let header = BatchHeader {
-        place: BatchPlace { migration: wire.migration.get(), round: wire.round.get(), sequence: wire.sequence.get() },
+        place: BatchPlace {
+            migration: wire.migration.get(),
+            round: wire.round.get(),
+            sequence: wire.sequence.get(),
+            clear: wire.flags.get() & FLAG_CLEAR != 0,
+        },
         minor: wire.minor,
         codec,
         records,
@@ -274,7 +283,7 @@ impl BatchWriter {
             major: MAJOR,
             minor: MINOR,
             header_bytes: (HEADER_BYTES as u16).into(),
-            flags: 0.into(),
+            flags: if place.clear { FLAG_CLEAR } else { 0 }.into(),
             codec: codec as u8,
             zero: 0,
             records: self.records.into(),

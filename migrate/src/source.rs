@@ -14,7 +14,7 @@
 //!   a later stop is not let go uncommitted within [`SourceLimits::fence_ms`]: after that the destination knows that it knows nothing.
 //! - Past the limit the final delta goes on: if it is committed before the VM starts at the destination, the VM starts with everything.
 //! - A channel that is lost while the VM runs is set up again, [`SourceLimits::attempts`] times, and the migration begins anew.
-use crate::batch::{Batch, CONNECTION_BYTES};
+use crate::batch::{BATCH_BYTES, Batch, CONNECTION_BYTES};
 use crate::message::{
     Abilities, AbortReason, Ack, Agreed, Began, HelloReply, Mark, Message, Name, Note, Offer, Refuse, capability,
 };
@@ -331,6 +331,8 @@ pub struct Source<T> {
     tokens: u64,
     tokens_ms: u64,
     ticked_ms: u64,
+    /// The bulk connection took no more at the last tick.
+    full: bool,
     heard_ms: u64,
     pinged_ms: u64,
     nonce: u64,
@@ -363,6 +365,7 @@ impl<T: SourceTable> Source<T> {
             tokens: 0,
             tokens_ms: 0,
             ticked_ms: 0,
+            full: false,
             heard_ms: 0,
             pinged_ms: 0,
             nonce: 0,
@@ -408,10 +411,13 @@ impl<T: SourceTable> Source<T> {
         self.rounds.memory_bytes() + self.history.len() * size_of::<RoundReport>()
     }
 
-    /// When [`Event::Tick`] is wanted at the latest, on the clock of `now_ms`; `None`: not at all.
+    /// When [`Event::Tick`] is wanted at the latest, on the clock of `now_ms`; `None`: not at all. To be asked again after every event.
+    /// While the VM waits for its final delta that is at once, and as soon as a full bulk connection takes more.
     pub fn next_tick_ms(&self, now_ms: u64) -> Option<u64> {
         let phase = match self.phase {
             Phase::Idle | Phase::Committed { .. } => None,
+            // The VM waits: on with it, unless the connection is full.
+            Phase::Copying { .. } if self.rounds.is_running() && self.final_begun && !self.full => Some(now_ms),
             Phase::Copying { .. } if self.rounds.is_running() => Some(self.ticked_ms + 1),
             Phase::Copying { .. } if self.memory_round => Some(now_ms),
             Phase::Copying { .. } => Some(self.round_ended_ms + self.limits.round_interval_ms),
@@ -804,6 +810,7 @@ impl<T: SourceTable> Source<T> {
 
     fn begin_final(&mut self, agreed: Agreed, now_ms: u64, out: &mut Vec<Action>) {
         self.final_begun = true;
+        self.full = false;
         self.phase = Phase::Copying { agreed };
         self.rounds.begin(true, now_ms);
         out.push(Action::Send(Message::FinalBegin { round: self.rounds.round() }));
@@ -959,14 +966,18 @@ impl<T: SourceTable> Source<T> {
         }
         let batches = self.limits.step_entries.div_ceil(self.limits.rounds.batch_items.max(1)).max(1);
         for _ in 0..batches {
-            let Some(batch) = self.rounds.next_batch(&self.table, self.limits.step_entries / batches, room) else {
+            if self.rounds.is_done() || room < BATCH_BYTES + CONNECTION_BYTES {
                 break;
-            };
+            }
+            let batch = self.rounds.next_batch(&self.table, self.limits.step_entries / batches, room);
+            // Nothing among these slots.
+            let Some(batch) = batch else { continue };
             let bytes = batch.wire_bytes();
             room = room.saturating_sub(bytes);
             self.tokens = self.tokens.saturating_sub(bytes as u64);
             out.push(Action::SendBatch(batch));
         }
+        self.full = room < BATCH_BYTES + CONNECTION_BYTES;
         if !self.rounds.is_done() {
             return;
         }

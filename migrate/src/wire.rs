@@ -1,205 +1,167 @@
-//! Where the machines' batches and late frames become the bytes of the bulk connection, and back.
-//!
-//! A message of the bulk connection is one byte that says what it is ([`BATCH`], [`CLEARING_BATCH`], [`LATE_FRAME`]) and then
-//! the batch (FORMAT.md) or the frame.
-use ferry_dataplane::conntrack::{PortableKey, Timeouts};
+//! Batches to bytes and back: the machines' items, which are by a host's own clock, in the record format, which knows only what remains.
+use ferry_dataplane::conntrack::{Key, PortableError, PortableKey, Timeouts};
 
 use crate::batch::{Batch, Item, MAX_BATCH_ITEMS};
 use crate::compress::Compressor;
-use crate::encoding::{BatchLimits, BatchPlace, BatchReader, BatchWriter};
-use crate::record::{PortableTombstone, Record, RecordError};
+use crate::encoding::{BatchHeader, BatchLimits, BatchPlace, BatchReader, BatchWriter};
+use crate::record::{CONNECTION_BYTES, PortableTombstone, Record, RecordError};
 
-/// A batch follows.
-pub const BATCH: u8 = 0;
-/// A batch follows, and everything before it is void ([`Batch::clear`]).
-pub const CLEARING_BATCH: u8 = 1;
-/// A frame for the VM follows.
-pub const LATE_FRAME: u8 = 2;
+/// What batches of the machines need of the format.
+const LIMITS: BatchLimits =
+    BatchLimits { records: MAX_BATCH_ITEMS as u32, raw_bytes: (MAX_BATCH_ITEMS * MAX_RECORD_BYTES) as u32 };
+/// Records with extensions of a later minor version.
+const MAX_RECORD_BYTES: usize = 2 * CONNECTION_BYTES;
 
-/// As many records as the machines put into a batch.
-const LIMITS: BatchLimits = BatchLimits { records: MAX_BATCH_ITEMS as u32, raw_bytes: crate::encoding::MAX_RAW_BYTES };
-
-/// What is wrong with a message of the bulk connection.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+/// Why bytes are no batch of this migration. The channel is of no more use then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
-    /// No bytes.
-    #[error("an empty message")]
-    Empty,
-    /// A first byte that this version does not know.
-    #[error("a message of kind {0}, which this host does not know")]
-    Kind(u8),
-    /// The batch, or a record in it, is malformed.
-    #[error("malformed batch: {0}")]
+    /// Not in the record format.
+    #[error(transparent)]
     Record(#[from] RecordError),
-    /// A connection that tracking could not have made.
-    #[error("impossible connection: {0}")]
-    Connection(String),
-    /// A batch of another migration.
+    /// Of another migration.
     #[error("a batch of another migration")]
     Migration,
-    /// More items than a batch may have.
-    #[error("more than {MAX_BATCH_ITEMS} items in a batch")]
-    TooMany,
+    /// A record whose identity no connection has.
+    #[error("a record without a possible identity: {0}")]
+    Key(PortableError),
 }
 
-/// A message of the bulk connection.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Bulk {
-    /// Connections and tombstones.
-    Batch(Batch),
-    /// A frame for the VM.
-    LateFrame(Vec<u8>),
-}
-
-/// The source's end.
-pub struct Encoder {
+/// Makes batches into bytes, for one migration.
+pub struct BatchEncoder {
     migration: u128,
     writer: BatchWriter,
     compressor: Compressor,
 }
 
-impl Encoder {
-    /// For one migration.
+impl BatchEncoder {
+    /// `migration`: the id that both connections carry.
     pub fn new(migration: u128, compressor: Compressor) -> Self {
         Self { migration, writer: BatchWriter::new(LIMITS), compressor }
     }
 
-    /// How compression did.
+    /// What compression does.
     pub fn compressor(&self) -> &Compressor {
         &self.compressor
     }
 
-    /// A batch as a message. `now_ms`: the clock of the table that the connections are of.
-    pub fn batch(&mut self, batch: &Batch, now_ms: u64) -> Vec<u8> {
-        let mut out = Vec::with_capacity(1 + crate::encoding::HEADER_BYTES + batch.wire_bytes());
-        out.push(if batch.clear { CLEARING_BATCH } else { BATCH });
+    /// Appends a batch's bytes to `out`. `now_ms`: the clock by which its connections expire.
+    pub fn encode(&mut self, batch: &Batch, now_ms: u64, out: &mut Vec<u8>) -> BatchHeader {
         for item in batch.items.iter().take(MAX_BATCH_ITEMS) {
-            let record = match item {
-                Item::Connection(connection) => {
-                    let mut portable = connection.to_portable(now_ms);
-                    // One that expires in this moment still counts in the round's digest; it expires there.
-                    portable.remaining_ms = portable.remaining_ms.max(1);
-                    Record::Connection(portable)
-                }
-                Item::Tombstone { key, version } => {
-                    Record::Tombstone(PortableTombstone { key: PortableKey::of(key), version: *version })
+            // There is room for as many.
+            let _ = match item {
+                Item::Connection(connection) => self.writer.connection(&connection.to_portable(now_ms)),
+                Item::Tombstone { key, version } | Item::Lapsed { key, version, .. } => {
+                    self.writer.tombstone(&PortableTombstone { key: PortableKey::of(key), version: *version })
                 }
             };
-            // There is room for as many items as a batch has.
-            let _ = self.writer.push(&record);
         }
-        let place = BatchPlace { migration: self.migration, round: batch.round, sequence: batch.sequence };
-        self.writer.finish(place, &mut self.compressor, &mut out);
-        out
-    }
-
-    /// A late frame as a message.
-    pub fn late_frame(frame: &[u8]) -> Vec<u8> {
-        let mut out = Vec::with_capacity(1 + frame.len());
-        out.push(LATE_FRAME);
-        out.extend_from_slice(frame);
-        out
+        let place =
+            BatchPlace { migration: self.migration, round: batch.round, sequence: batch.sequence, clear: batch.clear };
+        self.writer.finish(place, &mut self.compressor, out)
     }
 }
 
-/// The destination's end.
-pub struct Decoder {
+/// Makes bytes into batches, for one migration.
+pub struct BatchDecoder {
     migration: u128,
     reader: BatchReader,
     timeouts: Timeouts,
 }
 
-impl Decoder {
-    /// For one migration. `timeouts`: the VM's here; no connection lives longer without a packet.
+impl BatchDecoder {
+    /// `timeouts`: of the VM at this host; nothing lives longer.
     pub fn new(migration: u128, timeouts: Timeouts) -> Self {
         Self { migration, reader: BatchReader::new(LIMITS), timeouts }
     }
 
-    /// Reads a message. `now_ms`: the clock of the table that the connections go into.
+    /// The batch that `bytes` are, by the clock of `now_ms`.
     ///
     /// # Errors
-    /// [`WireError`]: the peer is not to be trusted with any more.
-    pub fn read(&mut self, message: &[u8], now_ms: u64) -> Result<Bulk, WireError> {
-        let (kind, rest) = message.split_first().ok_or(WireError::Empty)?;
-        let clear = match *kind {
-            BATCH => false,
-            CLEARING_BATCH => true,
-            LATE_FRAME => return Ok(Bulk::LateFrame(rest.to_vec())),
-            other => return Err(WireError::Kind(other)),
-        };
-        let batch = self.reader.read(rest)?;
+    /// [`WireError`].
+    pub fn decode(&mut self, bytes: &[u8], now_ms: u64) -> Result<Batch, WireError> {
+        let batch = self.reader.read(bytes)?;
         let place = batch.header().place;
         if place.migration != self.migration {
             return Err(WireError::Migration);
         }
-        let mut items = Vec::with_capacity((batch.header().records as usize).min(MAX_BATCH_ITEMS));
+        // At most as many as the limits say.
+        let mut items = Vec::with_capacity(batch.header().records as usize);
         for record in batch.records() {
-            let item = match record? {
-                Record::Connection(portable) => Item::Connection(
-                    portable.to_connection(now_ms, &self.timeouts).map_err(|e| WireError::Connection(e.to_string()))?,
-                ),
-                Record::Tombstone(PortableTombstone { key, version }) => {
-                    Item::Tombstone { key: key.to_key().map_err(|e| WireError::Connection(e.to_string()))?, version }
-                }
-            };
-            if items.len() == MAX_BATCH_ITEMS {
-                return Err(WireError::TooMany);
-            }
-            items.push(item);
+            let key = |key: &PortableKey| -> Result<Key, WireError> { key.to_key().map_err(WireError::Key) };
+            items.push(match record? {
+                Record::Tombstone(gone) => Item::Tombstone { key: key(&gone.key)?, version: gone.version },
+                Record::Connection(portable) => match portable.to_connection(now_ms, &self.timeouts) {
+                    Ok(connection) => Item::Connection(connection),
+                    Err(error) => Item::Lapsed {
+                        key: key(&portable.key)?,
+                        version: portable.version,
+                        expired: error == PortableError::Expired,
+                    },
+                },
+            });
         }
-        Ok(Bulk::Batch(Batch { round: place.round, sequence: place.sequence, clear, items }))
+        Ok(Batch { round: place.round, sequence: place.sequence, clear: place.clear, items })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use ferry_dataplane::conntrack::sample;
+
     use super::*;
     use crate::batch::Digest;
-    use ferry_dataplane::conntrack::Connection;
 
-    const HERE_MS: u64 = 77_000;
-    const THERE_MS: u64 = 5_000_000;
+    const HERE_MS: u64 = 5000;
+    const THERE_MS: u64 = (1 << 32) - 100;
 
-    fn connection(n: u32) -> Connection {
-        let mut portable = ferry_dataplane::conntrack::sample(n).to_portable(0);
-        portable.remaining_ms = 30_000;
-        portable.to_connection(HERE_MS, &Timeouts::default()).expect("a connection that may exist")
+    fn batch() -> Batch {
+        let mut lasting = sample(1);
+        lasting.refresh(HERE_MS, 20_000);
+        lasting.version = 7;
+        let mut expired = sample(2);
+        expired.refresh(HERE_MS - 100, 50);
+        expired.version = 8;
+        let items = vec![
+            Item::Connection(lasting),
+            Item::Tombstone { key: sample(3).key, version: 9 },
+            Item::Connection(expired),
+        ];
+        Batch { round: 3, sequence: 4, clear: true, items }
     }
 
     #[test]
-    fn batches_arrive_with_the_same_digest() {
-        let items: Vec<Item> = (0..MAX_BATCH_ITEMS as u32)
-            .map(|n| match n % 5 {
-                0 => Item::Tombstone { key: connection(n).key, version: n },
-                _ => Item::Connection(connection(n)),
-            })
-            .collect();
-        let mut encoder = Encoder::new(7, Compressor::off());
-        let mut decoder = Decoder::new(7, Timeouts::default());
+    fn a_batch_comes_out_by_the_other_clock_with_the_same_digest() {
+        let batch = batch();
+        let mut bytes = Vec::new();
+        let header = BatchEncoder::new(11, Compressor::off()).encode(&batch, HERE_MS, &mut bytes);
+        assert_eq!((header.records, bytes.len()), (3, batch.wire_bytes()));
+        let mut decoder = BatchDecoder::new(11, Timeouts::default());
+        let there = decoder.decode(&bytes, THERE_MS).unwrap();
+        assert_eq!((there.round, there.sequence, there.clear), (3, 4, true));
+        let [Item::Connection(lasting), gone, lapsed] = there.items.as_slice() else { panic!("{there:?}") };
+        assert_eq!((lasting.key, lasting.version, lasting.remaining_ms(THERE_MS)), (sample(1).key, 7, 20_000));
+        assert_eq!(*gone, batch.items[1]);
+        assert_eq!(*lapsed, Item::Lapsed { key: sample(2).key, version: 8, expired: true });
         let digest = |batch: &Batch| {
             let mut digest = Digest::default();
             digest.add(batch);
-            digest.value()
+            digest
         };
-        for (sequence, clear) in [(0, false), (1, true)] {
-            let batch = Batch { round: 3, sequence, clear, items: items.clone() };
-            let bytes = encoder.batch(&batch, HERE_MS);
-            let Ok(Bulk::Batch(there)) = decoder.read(&bytes, THERE_MS) else { panic!("not a batch") };
-            assert_eq!(digest(&there), digest(&batch));
-            assert_eq!((there.clear, there.items.len()), (clear, MAX_BATCH_ITEMS));
-            assert_eq!(Decoder::new(8, Timeouts::default()).read(&bytes, 0), Err(WireError::Migration));
-            for cut in [1, 40, bytes.len() - 1] {
-                assert!(decoder.read(&bytes[..cut], THERE_MS).is_err());
-            }
+        assert_eq!(digest(&there), digest(&batch));
+        assert_eq!(BatchDecoder::new(12, Timeouts::default()).decode(&bytes, THERE_MS), Err(WireError::Migration));
+        for cut in 0..bytes.len() {
+            assert!(matches!(decoder.decode(&bytes[..cut], THERE_MS), Err(WireError::Record(_))));
         }
     }
 
     #[test]
-    fn frames_and_nonsense() {
-        let mut decoder = Decoder::new(7, Timeouts::default());
-        assert_eq!(decoder.read(&Encoder::late_frame(b"frame"), 0), Ok(Bulk::LateFrame(b"frame".to_vec())));
-        assert_eq!(decoder.read(&[], 0), Err(WireError::Empty));
-        assert_eq!(decoder.read(&[9, 1, 2], 0), Err(WireError::Kind(9)));
-        assert!(matches!(decoder.read(&[BATCH, 1, 2], 0), Err(WireError::Record(_))));
+    fn the_largest_batch_fits() {
+        let items = (0..MAX_BATCH_ITEMS as u32).map(|n| Item::Connection(sample(n))).collect();
+        let batch = Batch { round: 0, sequence: 0, clear: false, items };
+        let mut bytes = Vec::new();
+        BatchEncoder::new(1, Compressor::off()).encode(&batch, 0, &mut bytes);
+        assert_eq!(bytes.len(), batch.wire_bytes());
+        let there = BatchDecoder::new(1, Timeouts::default()).decode(&bytes, 0).unwrap();
+        assert_eq!(there.items.len(), MAX_BATCH_ITEMS);
     }
 }

@@ -10,7 +10,8 @@ use ferry_migrate::compress::{Codec, CompressMode, Compressor};
 use ferry_migrate::encoding::{BatchHeader, BatchLimits, BatchPlace, BatchReader, BatchWriter};
 use ferry_migrate::record::{PortableTombstone, Record, RecordError};
 
-const PLACE: BatchPlace = BatchPlace { migration: 0x0011_2233_4455_6677_8899_aabb_ccdd_eeff, round: 2, sequence: 3 };
+const PLACE: BatchPlace =
+    BatchPlace { migration: 0x0011_2233_4455_6677_8899_aabb_ccdd_eeff, round: 2, sequence: 3, clear: false };
 
 fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")

@@ -121,7 +121,7 @@ fn a_table_arrives_as_it_is() {
             writer: BatchWriter::new(BatchLimits { records: 1000, ..BatchLimits::default() }),
             compressor: Compressor::new(mode, None, || 0),
             reader: BatchReader::new(BatchLimits { records: 1000, ..BatchLimits::default() }),
-            place: BatchPlace { migration: 9, round: 0, sequence: 0 },
+            place: BatchPlace { migration: 9, round: 0, sequence: 0, clear: false },
             bytes: 0,
         };
         let mut cursor = Cursor::default();

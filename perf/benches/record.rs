@@ -108,7 +108,7 @@ fn bytes() -> Vec<u8> {
 }
 
 fn place() -> BatchPlace {
-    BatchPlace { migration: 1, round: 0, sequence: 0 }
+    BatchPlace { migration: 1, round: 0, sequence: 0, clear: false }
 }
 
 fn counters<'a, 'b>(bencher: Bencher<'a, 'b>) -> Bencher<'a, 'b> {

@@ -2,5 +2,7 @@
 //!
 //! The same functions run in the tests with inputs from a seeded generator.
 mod batch;
+mod message;
 
 pub use batch::{Reached, batch, decompression, set_checksums};
+pub use message::{conversation, message};

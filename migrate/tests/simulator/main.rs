@@ -24,7 +24,7 @@ fn seeds() {
         println!("{:?}", world.coverage);
         return;
     }
-    let seeds = number("FERRY_SIM_SEEDS").unwrap_or(3000);
+    let seeds = number("FERRY_SIM_SEEDS").unwrap_or(2000);
     let next = AtomicU64::new(0);
     let total = Mutex::new(Coverage::default());
     let failed = Mutex::new(Vec::new());

@@ -1,11 +1,13 @@
 //! A channel between two hosts: two connections, each in order, with no order between them; hostile as the seed says.
 use std::collections::VecDeque;
 
-use ferry_dataplane::conntrack::Connection;
-use ferry_migrate::batch::{Batch, Item};
+use ferry_migrate::batch::Batch;
+use ferry_migrate::compress::Compressor;
 use ferry_migrate::message::{self, Message};
+use ferry_migrate::wire::{BatchDecoder, BatchEncoder};
 
 use crate::rng::Rng;
+use crate::traffic;
 
 /// How often what goes wrong, per million frames.
 #[derive(Clone, Copy, Debug, Default)]
@@ -16,12 +18,13 @@ pub struct Hostility {
     pub cut: u64,
 }
 
-/// What travels. A batch's times are what remains, as in the record format.
+/// What travels.
 #[derive(Clone, Debug)]
 pub enum Frame {
     /// A control message's bytes.
     Control(Vec<u8>),
-    Batch(Batch, Vec<u32>),
+    /// A batch's bytes.
+    Batch(Vec<u8>),
     Late(Vec<u8>),
     /// The other end was closed.
     End,
@@ -33,12 +36,13 @@ const WINDOW_BYTES: usize = 96 * 1024;
 struct Pipe {
     frames: VecDeque<(u64, Frame, usize)>,
     last_ms: u64,
+    busy_until_us: u64,
     in_flight: usize,
 }
 
 impl Pipe {
     fn new() -> Self {
-        Self { frames: VecDeque::new(), last_ms: 0, in_flight: 0 }
+        Self { frames: VecDeque::new(), last_ms: 0, busy_until_us: 0, in_flight: 0 }
     }
 }
 
@@ -56,6 +60,8 @@ pub struct Channel {
     latency_ms: (u64, u64),
     bytes_per_ms: usize,
     hostility: Hostility,
+    encoder: BatchEncoder,
+    decoder: BatchDecoder,
 }
 
 /// What the sender's side finds.
@@ -66,7 +72,7 @@ pub enum Sent {
 }
 
 impl Channel {
-    pub fn new(ends: [usize; 2], hostility: Hostility, rng: &mut Rng) -> Self {
+    pub fn new(id: usize, ends: [usize; 2], hostility: Hostility, bytes_per_ms: usize, rng: &mut Rng) -> Self {
         let low = rng.range(0, 2);
         Self {
             ends,
@@ -75,8 +81,10 @@ impl Channel {
             cut: false,
             notice_ms: [None; 2],
             latency_ms: (low, low + rng.range(0, 4)),
-            bytes_per_ms: rng.range(4, 400) as usize * 1024,
+            bytes_per_ms,
             hostility,
+            encoder: BatchEncoder::new(id as u128, Compressor::off()),
+            decoder: BatchDecoder::new(id as u128, traffic::config().timeouts),
         }
     }
 
@@ -88,9 +96,11 @@ impl Channel {
         if self.cut {
             return;
         }
-        let delay = rng.range(self.latency_ms.0, self.latency_ms.1) + (bytes / self.bytes_per_ms) as u64;
+        let latency_ms = rng.range(self.latency_ms.0, self.latency_ms.1);
         let pipe = &mut self.pipes[pipe];
-        pipe.last_ms = pipe.last_ms.max(now_ms + delay);
+        // One frame after the other at the link's rate, in microseconds.
+        pipe.busy_until_us = pipe.busy_until_us.max(now_ms * 1000) + (bytes * 1000 / self.bytes_per_ms) as u64;
+        pipe.last_ms = pipe.last_ms.max(pipe.busy_until_us / 1000 + latency_ms);
         pipe.in_flight += bytes;
         pipe.frames.push_back((pipe.last_ms, frame, bytes));
     }
@@ -115,26 +125,27 @@ impl Channel {
 
     /// `clock_ms`: the sender's.
     pub fn send_batch(&mut self, batch: &Batch, clock_ms: u64, now_ms: u64, rng: &mut Rng) -> Sent {
-        let remaining: Vec<u32> = batch
-            .items
-            .iter()
-            .map(|item| match item {
-                Item::Connection(c) => c.remaining_ms(clock_ms),
-                Item::Tombstone { .. } => 0,
-            })
-            .collect();
+        let mut bytes = Vec::new();
+        self.encoder.encode(batch, clock_ms, &mut bytes);
         if rng.chance(self.hostility.cut) {
             return Sent::Cut;
         }
+        if rng.chance(self.hostility.truncate) {
+            bytes.truncate(rng.next() as usize % bytes.len());
+        }
         if !rng.chance(self.hostility.lose) {
-            let bytes = batch.wire_bytes();
-            let frame = Frame::Batch(batch.clone(), remaining);
+            let len = bytes.len();
             if rng.chance(self.hostility.duplicate) {
-                self.push(2, frame.clone(), bytes, now_ms, rng);
+                self.push(2, Frame::Batch(bytes.clone()), len, now_ms, rng);
             }
-            self.push(2, frame, bytes, now_ms, rng);
+            self.push(2, Frame::Batch(bytes), len, now_ms, rng);
         }
         Sent::Fine
+    }
+
+    /// `clock_ms`: the receiver's.
+    pub fn decode(&mut self, bytes: &[u8], clock_ms: u64) -> Option<Batch> {
+        self.decoder.decode(bytes, clock_ms).ok()
     }
 
     pub fn send_late(&mut self, frame: Vec<u8>, now_ms: u64, rng: &mut Rng) {
@@ -187,21 +198,6 @@ impl Channel {
     }
 
     pub fn is_over(&self) -> bool {
-        self.closed == [true; 2] && self.pipes.iter().all(|pipe| pipe.frames.is_empty())
-            || self.cut && self.closed == [true; 2]
+        self.closed == [true; 2] && (self.cut || self.pipes.iter().all(|pipe| pipe.frames.is_empty()))
     }
-}
-
-/// A batch as its receiver decodes it.
-pub fn received(mut batch: Batch, remaining: &[u32], clock_ms: u64) -> Batch {
-    for (item, &remaining) in batch.items.iter_mut().zip(remaining) {
-        if let Item::Connection(c) = item {
-            let mut imported: Connection = *c;
-            imported.policy_generation = 0;
-            imported.decision = Default::default();
-            imported.refresh(clock_ms, remaining);
-            *c = imported;
-        }
-    }
-    batch
 }

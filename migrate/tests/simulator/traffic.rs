@@ -58,7 +58,7 @@ impl Guest {
         let local = self.local;
         let ends = |out: bool| if out { (local, remote, 1000, flow) } else { (remote, local, flow, 1000) };
         let way = |out: bool| if out { Toward::Egress } else { Toward::Ingress };
-        if flow % 3 == 0 {
+        if flow.is_multiple_of(3) {
             let out = rng.chance(500_000);
             let (src, dst, from, to) = ends(out);
             let mut udp = Vec::new();

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use ferry_dataplane::conntrack::{ConnMap, Connection, Cursor, Imported, Key, Removal};
+use ferry_dataplane::conntrack::{ConnMap, Connection, Cursor, Imported, Key, Portable, PortableState};
 use ferry_migrate::destination::{self, Destination, DestinationLimits};
 use ferry_migrate::message::{self, Abilities, Began, List, Message, Name, Note, Offer, Refuse, RefuseCode, WhenLate};
 use ferry_migrate::rounds::RoundLimits;
 use ferry_migrate::source::{self, Release, Source, SourceIdentity, SourceLimits};
 use ferry_migrate::table::TargetTable;
 
-use crate::network::{Channel, Frame, Hostility, Sent, received};
+use crate::network::{Channel, Frame, Hostility, Sent};
 use crate::rng::Rng;
 use crate::traffic::{self, Guest, entries, track};
 
@@ -200,6 +200,9 @@ struct Scene {
     refuses: u64,
     slow_switch: u64,
     postmigrate: bool,
+    bytes_per_ms: usize,
+    /// More connections than the table holds.
+    crowded: bool,
 }
 
 pub struct World {
@@ -291,18 +294,21 @@ impl World {
             lose: level / 2 * rng.range(0, 1),
             cut: level * rng.range(0, 1),
         };
+        let crowded = rng.chance(150_000);
         let policies = [WhenLate::FailOpen, WhenLate::FailClosed];
         let scene = Scene {
             hostility,
             faults: if quiet { 0 } else { rng.pick(&[0, 2000, 10_000, 40_000]) },
             flows: rng.range(4, 120) as u16,
-            capacity: 1024,
+            capacity: if crowded { 48 } else { 1024 },
             packets_per_ms: rng.range(0, 8),
             when_late: [rng.pick(&policies), rng.pick(&policies)],
             migrations: rng.range(1, 3),
             refuses: if quiet { 0 } else { 60_000 },
             slow_switch: if quiet { 0 } else { rng.pick(&[0, 0, 30_000]) },
             postmigrate: rng.chance(200_000),
+            bytes_per_ms: if quiet { 50_000 } else { rng.pick(&[150, 1000, 20_000, 400_000]) },
+            crowded,
         };
         let (limits, destination_limits) = limits(&mut rng);
         let host = |name: &str, running: bool, rng: &mut Rng| {
@@ -491,6 +497,10 @@ impl World {
     /// The VM's table is as it would be had nobody looked at it.
     fn check_shadow(&self) {
         let (Some(at), Some(shadow)) = (self.running_at(), &self.shadow) else { return };
+        if self.scene.crowded {
+            // Which of the equals makes room depends on the places that entries have.
+            return;
+        }
         if self.hosts[at].up_at_ms.is_some() {
             return;
         }
@@ -633,7 +643,16 @@ impl World {
                 self.qemu = Qemu::Running { at: from, next_ms };
                 self.kick_source(from);
             }
-            Why::PauseInPreCopy { rounds } => {
+            Why::PauseInPreCopy { mut rounds } => {
+                let mut next_ms = next_ms;
+                if self.faults_left > 0
+                    && self.rng.chance(100_000)
+                    && let Some(channel) = self.channels.last_mut()
+                {
+                    // What a commit is worth that is taken back unheard, with the last stop close behind.
+                    channel.break_off(self.now_ms, &mut self.rng);
+                    (rounds, next_ms) = (0, self.now_ms + self.rng.range(1, 8));
+                }
                 self.qemu = Qemu::PreCopy { from, rounds, next_ms };
                 self.kick_source(from);
             }
@@ -642,7 +661,6 @@ impl World {
 
     fn kick_source(&mut self, at: usize) {
         self.say(|| format!("KICK at {at}"));
-        self.at_stop = None;
         self.tell_source(at, source::Event::Kick);
         if self.hosts[at].up_at_ms.is_none() {
             if self.shadow.is_none() {
@@ -873,19 +891,24 @@ impl World {
                         self.tell_destination(host, destination::Event::Message(message));
                     }
                 }
-                Err(_) => {
-                    // A driver ends a conversation that it does not understand.
-                    self.coverage.undecodable += 1;
-                    self.channels[id].close(side, self.now_ms, &mut self.rng);
-                    self.disconnected(id, side, host);
-                }
+                Err(_) => self.undecodable(id, side, host),
             },
-            Frame::Batch(batch, remaining) => {
-                let batch = received(batch, &remaining, self.clock_ms(host));
-                self.tell_destination(host, destination::Event::Batch(batch));
+            Frame::Batch(bytes) => {
+                let clock_ms = self.clock_ms(host);
+                match self.channels[id].decode(&bytes, clock_ms) {
+                    Some(batch) => self.tell_destination(host, destination::Event::Batch(batch)),
+                    None => self.undecodable(id, side, host),
+                }
             }
             Frame::Late(frame) => self.tell_destination(host, destination::Event::LateFrame(frame)),
         }
+    }
+
+    /// A driver ends a conversation that it does not understand.
+    fn undecodable(&mut self, id: usize, side: usize, host: usize) {
+        self.coverage.undecodable += 1;
+        self.channels[id].close(side, self.now_ms, &mut self.rng);
+        self.disconnected(id, side, host);
     }
 
     // ---- the drivers
@@ -945,7 +968,7 @@ impl World {
             self.channels[old].close(1, self.now_ms, &mut self.rng);
         }
         let id = self.channels.len();
-        self.channels.push(Channel::new([host, to], self.scene.hostility, &mut self.rng));
+        self.channels.push(Channel::new(id, [host, to], self.scene.hostility, self.scene.bytes_per_ms, &mut self.rng));
         self.hosts[host].dialled = Some(id);
         self.hosts[to].accepted = Some(id);
         let peer = self.hosts[host].name.clone();
@@ -1018,8 +1041,7 @@ impl World {
                 self.coverage.forgotten += 1;
                 let mut cursor = Cursor::default();
                 while self.hosts[host].table.map.flush(&mut cursor, 4096, &(), &mut |_| true) {}
-                let flushed = self.hosts[host].table.map.stats().flushed;
-                assert!(flushed <= u64::from(self.scene.capacity) || Removal::ALL.is_empty());
+                assert!(self.hosts[host].table.map.is_empty());
             }
             source::Action::Report(report) => match report {
                 source::Report::Round(round) => {
@@ -1156,11 +1178,8 @@ impl World {
                     // With windows left behind, so is the time.
                     if began == Began::Complete || here.is_some() {
                         let Some(here) = here else { panic!("{key:?} got lost") };
-                        let mut same = *here;
-                        same.refresh(0, 1);
-                        let mut expected = *there;
-                        expected.refresh(0, 1);
-                        (expected.policy_generation, expected.decision) = (0, Default::default());
+                        let same = content(here);
+                        let expected = content(there);
                         if began == Began::Complete {
                             assert_eq!(same, expected);
                             let late =
@@ -1168,7 +1187,7 @@ impl World {
                             assert!((0..2500).contains(&late), "expires {late} ms later");
                         } else {
                             assert!(here.version <= there.version);
-                            assert_eq!(same.state(), expected.state());
+                            assert_eq!(same.state, expected.state);
                         }
                     }
                 }
@@ -1181,6 +1200,16 @@ impl World {
             }
         }
     }
+}
+
+/// A connection without its times, which are compared apart or, for UDP, go on on the way.
+fn content(connection: &Connection) -> Portable {
+    let mut portable = connection.to_portable(0);
+    portable.remaining_ms = 0;
+    if let PortableState::Udp { age_ms } = &mut portable.protocol {
+        *age_ms = 0;
+    }
+    portable
 }
 
 fn new_table(tables: &Rc<Cell<usize>>, capacity: u32) -> Table {
