@@ -71,10 +71,12 @@ fn run(features: u64) {
     let mut free: VecDeque<u64> = (0..u64::from(SIZE)).collect();
     let mut last_seen = None;
     let end = Instant::now() + Duration::from_millis(1500);
+    let limit = Instant::now() + Duration::from_secs(60);
     let mut running = false;
     let mut drain_turns = 0;
     loop {
-        let sending = Instant::now() < end;
+        // On a busy machine until enough has happened.
+        let sending = Instant::now() < end || (drain_turns == 0 && (restarts <= 20 || got <= 100));
         if !sending {
             drain_turns += 1;
         }
@@ -122,7 +124,7 @@ fn run(features: u64) {
         if !sending && free.len() == usize::from(SIZE) && drain_turns > 100 {
             break;
         }
-        assert!(Instant::now() < end + Duration::from_secs(20), "the guest's frames never came back");
+        assert!(Instant::now() < limit, "the guest's frames never came back: {restarts} restarts, {got} frames");
     }
     stop.store(true, Ordering::Relaxed);
     let dropped = pmd.join().unwrap();
