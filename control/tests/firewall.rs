@@ -183,6 +183,7 @@ fn denials_are_told_counted_and_logged() {
     assert_eq!(d.refused("GET", "/v1/firewall/drops?vm=x", json!({})).0, 404);
     let text = ok(&d, &["fw", "drops", "guest"]);
     assert!(text.contains("spoof_source_ipv4") && text.contains("52:54:00:00:00:0a > 52:54:00:00:00:0b"), "{text}");
+    assert!(text.contains("udp 10.0.0.9 > 10.0.0.2:5000"), "{text}");
     assert!(text.contains("web rule 2 (no-telnet)"), "{text}");
 
     // The flow log has each of them, and new connections: of the VM that opened four, and of the one that took one of them.

@@ -9,8 +9,8 @@ use ferry_dataplane::conntrack::{
     Connection, Portable, PortableKey, PortableSide, PortableState, PortableTcp, Tally, Timeouts, Traffic,
 };
 use ferry_dataplane::packet::IpProto;
-use ferry_migrate::encoding::{BatchLimits, BatchPlace, BatchReader, BatchWriter};
 use ferry_migrate::compress::{Codec, CompressMode, Compressor, decompress};
+use ferry_migrate::encoding::{BatchLimits, BatchPlace, BatchReader, BatchWriter};
 use ferry_migrate::record::{CONNECTION_BYTES, Record, encode_connection};
 
 const BATCH: usize = 1024;

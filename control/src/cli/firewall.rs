@@ -81,7 +81,7 @@ fn text(d: &Drops, now_ms: u64) -> String {
             l.port.clone(),
             l.direction.clone(),
             if l.reason.is_empty() { l.kind.clone() } else { l.reason.clone() },
-            l.flow.as_ref().map(ToString::to_string).or_else(|| l.link.clone()).unwrap_or_else(|| "-".to_owned()),
+            packet(l),
             l.rule.clone().unwrap_or_else(|| "-".to_owned()),
         ]);
     }
@@ -90,6 +90,16 @@ fn text(d: &Drops, now_ms: u64) -> String {
         out += &format!("{} report(s) were lost: they came faster than they could be kept\n", d.lost_reports);
     }
     out
+}
+
+/// Whose packet it was: what is known of IP and, where it matters, of the link.
+fn packet(line: &DropLine) -> String {
+    match (&line.flow, &line.link) {
+        (Some(flow), Some(link)) => format!("{flow} ({link})"),
+        (Some(flow), None) => flow.to_string(),
+        (None, Some(link)) => link.clone(),
+        (None, None) => "-".to_owned(),
+    }
 }
 
 fn ago(ms: u64) -> String {

@@ -137,7 +137,9 @@ pub(super) fn record(
         reason: reason.to_owned(),
         rule,
         log: e.log,
-        link: e.flow.is_none().then(|| format!("{} > {} ethertype 0x{:04x}", e.macs.0, e.macs.1, e.ethertype.0)),
+        // Of a spoofed packet the addresses that it claims, and the station that sent it.
+        link: (e.flow.is_none() || kind(reason) == "spoofed")
+            .then(|| format!("{} > {} ethertype 0x{:04x}", e.macs.0, e.macs.1, e.ethertype.0)),
         flow: e.flow.map(|flow| flow_view(&flow, e.vlan)),
     }
 }

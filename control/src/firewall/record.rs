@@ -92,7 +92,7 @@ pub struct FirewallRecord {
     /// The rule, or the port's default, asks for the flow log.
     #[serde(default)]
     pub log: bool,
-    /// MAC addresses and EtherType, of a frame without IP.
+    /// MAC addresses and EtherType, of a frame without IP or with spoofed addresses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link: Option<String>,
     /// Whose packet it was; absent when the frame has no IP.
