@@ -1,6 +1,10 @@
 //! What travels on the bulk connection: items in batches, and the digest by which both sides know that they have the same.
 //!
 //! These are the contents; the bytes are made in [`crate::wire`].
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
+)]
 use ferry_dataplane::conntrack::{Connection, Key};
 
 pub use crate::record::{CONNECTION_BYTES, TOMBSTONE_BYTES};

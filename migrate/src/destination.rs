@@ -20,6 +20,10 @@
 //!   commit begins as [`Began::Unconfirmed`]: its table is whole, but may be of an earlier stop.
 //! - Another migration of the VM by the same host takes the place of one that has not been activated: the host knows that the VM runs there.
 //!   Another host's is refused.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
+)]
 use std::collections::{BTreeMap, VecDeque};
 
 use ferry_dataplane::conntrack::{Connection, Imported, Key, newer};

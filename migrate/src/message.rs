@@ -11,6 +11,10 @@
 //! - The agreed version is the highest that both speak. Each side speaks a range without gaps. Ranges that do not meet: refused.
 //! - Capabilities are bits. Agreed are those that both offer. A side may require some of those that it offers: not agreed on, refused.
 //!   Unknown bits are ignored unless required.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
+)]
 use std::fmt;
 use std::net::IpAddr;
 

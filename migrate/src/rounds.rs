@@ -10,6 +10,10 @@
 //!
 //! Deletions are drained into a list here all the time, since the table can note only one per 64 connections. If some are lost all the same,
 //! what was sent is void: [`Rounds`] begins anew, and the next batch says so ([`Batch::clear`]).
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
+)]
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 

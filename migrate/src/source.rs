@@ -14,6 +14,10 @@
 //!   a later stop is not let go uncommitted within [`SourceLimits::fence_ms`]: after that the destination knows that it knows nothing.
 //! - Past the limit the final delta goes on: if it is committed before the VM starts at the destination, the VM starts with everything.
 //! - A channel that is lost while the VM runs is set up again, [`SourceLimits::attempts`] times, and the migration begins anew.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
+)]
 use crate::batch::{BATCH_BYTES, Batch, CONNECTION_BYTES};
 use crate::message::{
     Abilities, AbortReason, Ack, Agreed, Began, HelloReply, Mark, Message, Name, Note, Offer, Refuse, capability,

@@ -1,4 +1,8 @@
 //! What a migration needs of a VM's connection table, on each side.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
+)]
 use std::sync::Arc;
 
 use ferry_dataplane::conntrack::{ConnMap, Connection, Cursor, Decision, Dirt, Imported, Key, Uncollected};

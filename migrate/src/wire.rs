@@ -1,4 +1,8 @@
 //! Batches to bytes and back: the machines' items, which are by a host's own clock, in the record format, which knows only what remains.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
+)]
 use ferry_dataplane::conntrack::{Key, PortableError, PortableKey, Timeouts};
 
 use crate::batch::{Batch, Item, MAX_BATCH_ITEMS};

@@ -701,7 +701,7 @@ impl ConnMap {
         true
     }
 
-    /// What is to be collected, about now. Looks at two bits per connection of the capacity: 20 microseconds for a million.
+    /// What is to be collected, about now. Looks at two bits per connection of the capacity: some tens of microseconds for a million.
     pub fn uncollected(&self) -> Uncollected {
         Uncollected {
             changed: self.dirty.semantic.count(),
