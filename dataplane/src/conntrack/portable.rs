@@ -120,7 +120,7 @@ impl PortableKey {
         let key = Key::new(Toward::Ingress, self.zone, self.proto, remote, local);
         match self.proto {
             IpProto::ICMP | IpProto::ICMPV6 => return self.to_icmp_key(key),
-            IpProto::TCP | IpProto::UDP | IpProto::UDP_LITE | IpProto::SCTP => {}
+            IpProto::TCP | IpProto::UDP | IpProto::UDP_LITE | IpProto::SCTP | IpProto::DCCP => {}
             // The call identifier of version 1 stands for the destination.
             IpProto::GRE if self.local_port == 0 || self.remote_port == 0 => {}
             _ if self.local_port == 0 && self.remote_port == 0 => {}
