@@ -489,7 +489,8 @@ impl Router {
                     now_ns: source.now_ns,
                 };
                 if judge(&mut self.stage, burst, i, &end, false, sender) {
-                    place.vouched = true;
+                    // What was not verified there is not vouched for here.
+                    place.vouched = firewall.rules.track.checksum;
                     self.set_place(i, place);
                 } else {
                     alive &= !(1 << i);

@@ -497,6 +497,17 @@ fn half_open_connections_make_room_at_the_limit() {
     assert_eq!(net.a.take().len(), 60, "each found room");
     assert_eq!(net.switch.vm_status(net.vms[0]).unwrap().limits.connections, 20);
     assert!(net.connections(0).iter().any(|c| c.assured() && c.key.remote_port == 4000), "never the established one");
+    // A flood that the rate limit refuses evicts nobody.
+    let slow = Net::new(&["web"], |vm, _| {
+        vm.limits.max_connections = 10;
+        vm.limits.new_per_second = 1;
+        vm.limits.burst = 10;
+    });
+    for port in 0..40 {
+        slow.send(&slow.out, &tcp((OUT_MAC, OUT, 10_000 + port), (A_MAC, A, 80), SYN, 1, 0, b""));
+    }
+    let first = slow.connections(0).iter().filter(|c| c.key.remote_port < 10_010).count();
+    assert_eq!((slow.a.take().len(), first), (10, 10));
     // Established ones do not give way.
     let full = Net::new(&["web"], |vm, _| vm.limits.max_connections = 3);
     (4000..4003).for_each(|port| full.connect_to_a(port));
@@ -527,6 +538,16 @@ fn strict_tracking_and_invalid_packets() {
     net.send(&net.out, &tcp((OUT_MAC, OUT, 4000), (A_MAC, A, 80), ACK, 0x7000_0000, 501, b"far away"));
     assert_eq!(net.denied(0, Direction::Ingress, "ct_invalid_window"), 1);
     assert!(net.a.take().is_empty());
+}
+
+#[test]
+fn a_vm_that_verifies_checksums_does_not_rely_on_one_that_does_not() {
+    let net = Net::new(&["web"], |vm, _| vm.track.checksum = vm.name != "a");
+    let mut broken = tcp((A_MAC, A, 6000), (B_MAC, B, 80), SYN, 1, 0, b"");
+    broken[50] ^= 1;
+    net.send(&net.a, &broken);
+    assert!(net.b.take().is_empty());
+    assert_eq!(net.denied(1, Direction::Ingress, "ct_invalid_checksum"), 1);
 }
 
 #[test]

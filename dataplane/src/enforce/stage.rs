@@ -259,7 +259,7 @@ impl Stage {
         let vm = &*end.firewall.vm;
         let source = connection.opener();
         let mut table = vm.table(self.thread);
-        if vm.limits().at_connection_limit() {
+        if vm.limits().wants_room(end.now_ns) {
             // As with a full table: who may go makes room, so that half-open connections do not shut out new ones.
             table.make_room(end.now_ms());
         }

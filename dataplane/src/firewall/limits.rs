@@ -316,10 +316,13 @@ impl VmLimits {
         self.limit_sources.store(u32::from(!source.is_unlimited()), Relaxed);
     }
 
-    /// The VM has all its connections.
+    /// A new connection would be refused only because the VM has all its connections: making room helps. Where the VM's other limits
+    /// refuse it anyway, nobody is to make room for it.
     #[inline]
-    pub fn at_connection_limit(&self) -> bool {
+    pub fn wants_room(&self, now_ns: u64) -> bool {
         self.connections.load(Relaxed) >= self.max_connections.load(Relaxed)
+            && self.half_open.load(Relaxed) < self.max_half_open.load(Relaxed)
+            && self.bucket.has_token(self.rate.load(), now_ns)
     }
 
     /// Asks for a new, half-open connection opened by `source`.
