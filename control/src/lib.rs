@@ -10,6 +10,7 @@ pub mod events;
 pub mod firewall;
 pub mod logs;
 pub mod metrics;
+pub mod migration;
 pub mod notify;
 pub mod plan;
 pub mod ports;

@@ -12,6 +12,7 @@ use ferry_dataplane::firewall::spoof::SpoofConfig;
 use ferry_dataplane::firewall::{Action, PolicyDocument, PortPolicy};
 use serde::{Deserialize, Serialize};
 
+use super::migration::VmMigrationConfig;
 use super::model::{Config, PortConfig};
 
 /// Connections a VM's table holds unless configured otherwise.
@@ -33,6 +34,8 @@ pub struct VmConfig {
     pub limits: LimitsConfig,
     /// How its connections are tracked.
     pub tracking: TrackConfig,
+    /// How its connections migrate.
+    pub migration: VmMigrationConfig,
 }
 
 impl Default for VmConfig {
@@ -43,6 +46,7 @@ impl Default for VmConfig {
             flow_log: true,
             limits: LimitsConfig::default(),
             tracking: TrackConfig::default(),
+            migration: VmMigrationConfig::default(),
         }
     }
 }

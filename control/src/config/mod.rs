@@ -6,6 +6,7 @@ mod check;
 mod firewall;
 mod firewall_check;
 mod firewall_schema;
+mod migration;
 mod model;
 mod problem;
 pub mod schema;
@@ -17,6 +18,7 @@ use toml::Spanned;
 use toml::de::{DeArray, DeTable, DeValue};
 
 pub use firewall::*;
+pub use migration::*;
 pub use model::*;
 pub use problem::{At, ConfigError, Place, Problem, Source};
 

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use super::firewall::{FirewallConfig, FlowLogConfig, VmConfig};
+use super::migration::MigrationConfig;
 
 /// Most ports of one switch.
 pub const MAX_PORTS: usize = ferry_dataplane::bridge::fdb::MAX_PORTS;
@@ -41,6 +42,8 @@ pub struct Config {
     pub dpdk: DpdkConfig,
     /// Log of new and denied connections.
     pub flow_log: FlowLogConfig,
+    /// Migration of VMs' connections.
+    pub migration: MigrationConfig,
     /// Security groups by name.
     pub security_group: BTreeMap<String, SecurityGroup>,
     /// Address sets by name.

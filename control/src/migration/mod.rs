@@ -1,0 +1,2 @@
+//! Drives the migration of VMs' connections: see `ferry-migrate`.
+pub mod view;
