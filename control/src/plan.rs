@@ -455,7 +455,7 @@ const MAX_SHOWN_BYTES: usize = 200;
 pub fn describe(from: &Config, to: &Config) -> Vec<Change> {
     let (a, b) = (config::to_tree(from), config::to_tree(to));
     let mut out = Vec::new();
-    for table in ["switch", "api", "metrics", "log", "dpdk", "flow_log"] {
+    for table in ["switch", "api", "metrics", "log", "dpdk", "flow_log", "migration"] {
         let keys = key_changes(&a[table], &b[table]);
         if !keys.is_empty() {
             out.push(Change { what: table.into(), name: String::new(), change: Kind::Changed, keys });

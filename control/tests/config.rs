@@ -79,6 +79,10 @@ fn example_shows_the_true_defaults() {
         [security_group.NAME]
         rules = [{ direction = "ingress" }]
         [address_set.NAME]
+        [[migration.rule]]
+        vm = "*"
+        peer = "*"
+        roles = ["send"]
     "#;
     let bare = config::parse("t", minimal).unwrap();
     let mut tree = config::to_tree(&bare);
@@ -428,4 +432,199 @@ fn mistakes_in_a_ports_firewall_name_place_and_fix() {
     let no_firewall = "[[vm]]\nname = \"g\"\n[[bridge]]\nname = \"b\"\n[[port]]\nname = \"p\"\ntype = \"dpdk\"\nbridge = \"b\"\ndevice = \"net_null0\"\nvm = \"g\"\n";
     assert!(errors(no_firewall).contains("port[0].vm: port \"p\" has no firewall"), "{}", errors(no_firewall));
     assert!(errors("[flow_log]\nto = \"file\"\n").contains("flow_log.file: the flow log goes to a file"));
+}
+
+const MIGRATING: &str = r#"
+[migration]
+enabled = true
+host = "host-a"
+listen = "192.0.2.1:9478"
+[[migration.peer]]
+host = "host-b"
+address = "192.0.2.2:9478"
+[[migration.rule]]
+vm = "*"
+peer = "host-*"
+roles = ["send", "receive"]
+[[vm]]
+name = "web1"
+migration = { when_late = "fail-closed", expect = false, qmp = "/run/web1-qmp.sock" }
+"#;
+
+/// What is wrong with [`MIGRATING`] after replacements: place, message and fix of each problem.
+fn migration_errors(replacements: &[(&str, &str)]) -> String {
+    let mut text = MIGRATING.to_owned();
+    for (replace, with) in replacements {
+        assert!(text.contains(replace), "{replace}");
+        text = text.replacen(replace, with, 1);
+    }
+    let all = config::parse("f", &text).expect_err(&text).to_string();
+    all.lines().filter(|l| l.starts_with("f:") || l.starts_with("  fix:")).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn migration_is_read_and_written_again_the_same() {
+    let c = config::parse("f", MIGRATING).unwrap_or_else(|e| panic!("{e}"));
+    let m = &c.migration;
+    assert!(m.enabled);
+    assert_eq!((m.host_name(), m.hold_limit_ms, m.peer.len(), m.rule.len()), ("host-a".to_owned(), 50, 1, 1));
+    assert_eq!(m.credentials().certificate.to_str(), Some("/etc/ferry/pki/host-a.pem"));
+    let vm = &c.vms()["web1"].migration;
+    assert_eq!((vm.when_late, vm.expect), (config::WhenLateConfig::FailClosed, false));
+    assert_eq!(vm.qmp.as_deref().and_then(std::path::Path::to_str), Some("/run/web1-qmp.sock"));
+    assert_eq!(config::parse("g", &c.to_toml()).unwrap_or_else(|e| panic!("{e}\n{}", c.to_toml())), c);
+    assert_eq!(config::from_tree(config::to_tree(&c)).unwrap(), c);
+    // Names are compared as those of certificates: without regard to case.
+    let c = config::parse("f", &MIGRATING.replacen("\"host-a\"", "\"Host-A\"", 1)).unwrap();
+    assert_eq!(c.migration.credentials().key.to_str(), Some("/etc/ferry/pki/host-a.pem"));
+    assert_eq!(c.migration.peer("HOST-B").map(|p| p.address.port()), Some(9478));
+}
+
+#[test]
+fn an_operators_own_authority_takes_the_place_of_the_directory() {
+    let own = "trust = \"/t.pem\"\ncertificate = \"/c.pem\"\nkey = \"/k.pem\"\n[[migration.peer]]";
+    let c = config::parse("f", &MIGRATING.replacen("[[migration.peer]]", own, 1)).unwrap_or_else(|e| panic!("{e}"));
+    let files = c.migration.credentials();
+    assert_eq!(
+        [files.trust, files.certificate, files.key],
+        ["/t.pem", "/c.pem", "/k.pem"].map(std::path::PathBuf::from)
+    );
+    assert_eq!(files.revocations, None);
+    assert_eq!(
+        migration_errors(&[("[[migration.peer]]", "key = \"/k.pem\"\n[[migration.peer]]")]),
+        "f:2:2: error: migration.trust: `key` is given, but `trust` is missing: `trust`, `certificate` and `key` belong together (first at f:6:7)\n  \
+         fix: add `trust`, or remove `key` to use the directory `pki`\n\
+         f:2:2: error: migration.certificate: `key` is given, but `certificate` is missing: `trust`, `certificate` and `key` belong together (first at f:6:7)\n  \
+         fix: add `certificate`, or remove `key` to use the directory `pki`"
+    );
+    assert!(
+        migration_errors(&[("[[migration.peer]]", "revocations = \"/r.pem\"\n[[migration.peer]]")])
+            .starts_with("f:6:1: error: migration.revocations: `revocations` is for an authority of your own")
+    );
+}
+
+#[test]
+fn mistakes_about_migrations_name_place_and_fix() {
+    let one = |replace: &str, with: &str| migration_errors(&[(replace, with)]);
+    for (replace, with, expected) in [
+        (
+            "\"192.0.2.1:9478\"",
+            "\"192.0.2.1\"",
+            "f:5:10: error: migration.listen: \"192.0.2.1\" is not an address with port\n  fix: write it as \"127.0.0.1:9477\"",
+        ),
+        (
+            "\"host-a\"",
+            "\"host_a\"",
+            "f:4:8: error: migration.host: host name \"host_a\": only letters, digits, hyphens and dots are allowed\n  \
+             fix: write a name as certificates have it, such as \"host-a\"",
+        ),
+        (
+            "host = \"host-b\"",
+            "host = \"192.0.2.2\"",
+            "f:7:8: error: migration.peer[0].host: host name \"192.0.2.2\": is an address; a host is identified by a name\n  \
+             fix: write a name as certificates have it, such as \"host-a\"",
+        ),
+        (
+            "host = \"host-b\"",
+            "host = \"HOST-A\"",
+            "f:7:8: error: migration.peer[0].host: \"host-a\" is this host itself\n  fix: list the other hosts only",
+        ),
+        (
+            "\"192.0.2.2:9478\"",
+            "\"0.0.0.0:9478\"",
+            "f:8:11: error: migration.peer[0].address: nobody can connect to 0.0.0.0:9478\n  \
+             fix: give the address of that host, and the port of its `listen`",
+        ),
+        (
+            "\"host-*\"",
+            "\"host_*\"",
+            "f:11:8: error: migration.rule[0].peer: is not a pattern of host names: letters, digits, hyphens, dots, * and ? only\n  \
+             fix: give a host's name or a pattern such as \"host-*\"",
+        ),
+        (
+            "\"host-*\"",
+            "\"host-1.5\"",
+            "f:11:8: error: migration.rule[0].peer: host name \"host-1.5\": the last part must not be a number\n  \
+             fix: give a host's name or a pattern such as \"host-*\"",
+        ),
+        (
+            "vm = \"*\"",
+            "vm = \"a b\"",
+            "f:10:6: error: migration.rule[0].vm: must not contain white space or control characters\n  \
+             fix: give a VM's name or a pattern such as \"web-*\"",
+        ),
+        (
+            "roles = [\"send\", \"receive\"]",
+            "roles = []",
+            "f:12:9: error: migration.rule[0].roles: is empty: name \"send\", \"receive\" or both\n  \
+             fix: write roles = [\"send\", \"receive\"], or one of them",
+        ),
+        (
+            "\"receive\"]",
+            "\"recieve\"]",
+            "f:12:18: error: migration.rule[0].roles[1]: must be one of \"send\", \"receive\", is \"recieve\"\n  \
+             fix: did you mean \"receive\"?",
+        ),
+        (
+            "\"fail-closed\"",
+            "\"closed\"",
+            "f:15:27: error: vm[0].migration.when_late: must be one of \"fail-open\", \"fail-closed\", is \"closed\"\n  \
+             fix: use one of \"fail-open\", \"fail-closed\"",
+        ),
+    ] {
+        assert_eq!(one(replace, with), expected, "{with}");
+    }
+    for (key, low, high) in [
+        ("hold_limit_ms", 0, 10_000),
+        ("redirect_ms", 0, 600_000),
+        ("round_interval_ms", 10, 60_000),
+        ("bandwidth_mbps", 0, 1_000_000),
+    ] {
+        let with = |n: i64| MIGRATING.replacen("[[migration.peer]]", &format!("{key} = {n}\n[[migration.peer]]"), 1);
+        for good in [low, high] {
+            config::parse("f", &with(good)).unwrap_or_else(|e| panic!("{e}"));
+        }
+        for bad in [low - 1, high + 1] {
+            let e = config::parse("f", &with(bad)).unwrap_err().to_string();
+            assert!(e.contains(&format!("migration.{key}: must be {low} to {high}, is {bad}")), "{e}");
+        }
+    }
+}
+
+#[test]
+fn what_is_said_about_migrations_must_fit_together() {
+    let peer = |more: &str| {
+        migration_errors(&[("[[migration.rule]]", &format!("[[migration.peer]]\n{more}\n[[migration.rule]]"))])
+    };
+    assert_eq!(
+        peer("host = \"Host-b\"\naddress = \"192.0.2.3:9478\""),
+        "f:10:8: error: migration.peer[1].host: the peer \"Host-b\" is listed twice (first at f:7:8)\n  fix: remove one of them"
+    );
+    assert_eq!(
+        peer("host = \"host-c\"\naddress = \"192.0.2.2:9478\""),
+        "f:11:11: error: migration.peer[1].address: two peers have the address 192.0.2.2:9478 (first at f:8:11)\n  \
+         fix: give each the address where it listens"
+    );
+    let alone = migration_errors(&[
+        ("listen = \"192.0.2.1:9478\"\n", ""),
+        ("[[migration.peer]]\nhost = \"host-b\"\naddress = \"192.0.2.2:9478\"\n", ""),
+    ]);
+    assert!(
+        alone.starts_with("f:3:11: error: migration.enabled: migrations are enabled, but VMs can neither"),
+        "{alone}"
+    );
+    let lawless = MIGRATING.split("[[migration.rule]]").next().unwrap();
+    let e = errors(lawless);
+    assert!(e.contains("migration.rule: migrations are enabled, but no rule allows any"), "{e}");
+    assert!(
+        config::parse("f", &lawless.replacen("true", "false", 1)).is_ok(),
+        "nothing to object to while switched off"
+    );
+    let families = migration_errors(&[("listen", "bind = \"2001:db8::1\"\nlisten")]);
+    assert!(families.contains("192.0.2.2:9478 cannot be reached from 2001:db8::1"), "{families}");
+    let twice = MIGRATING.to_owned() + "[[vm]]\nname = \"web2\"\nmigration.qmp = \"/run/web1-qmp.sock\"\n";
+    let e = config::parse("f", &twice).unwrap_err().to_string();
+    assert!(e.contains("vm[1].migration.qmp: the socket /run/web1-qmp.sock is used twice (first at f:15:"), "{e}");
+    let log = migration_errors(&[("[migration]", "[flow_log]\nfile = \"/var/lib/ferry/audit.log\"\n[migration]")]);
+    assert!(log.contains("migration.audit_log: the flow log goes to the same file (first at f:3:8)"), "{log}");
 }

@@ -460,3 +460,40 @@ fn what_cannot_be_put_back_is_named_and_gone() {
     core.apply(&sample(), false).unwrap();
     matches(&engine.model.lock().unwrap(), core.state());
 }
+
+#[test]
+fn what_is_said_about_migrations_takes_effect_at_once() {
+    let (mut core, _) = started(&sample());
+    let migrating = |bandwidth: u32, when_late: &str| {
+        let mut tree = to_tree(&sample());
+        let keys = serde_json::json!({
+            "enabled": true, "host": "a", "listen": "192.0.2.1:1", "bandwidth_mbps": bandwidth,
+            "rule": [{ "vm": "*", "peer": "*", "roles": ["receive"] }],
+        });
+        for (key, value) in keys.as_object().unwrap() {
+            tree["migration"][key] = value.clone();
+        }
+        tree["vm"] = serde_json::json!([{ "name": "x", "migration": { "when_late": when_late } }]);
+        from_tree(tree).unwrap()
+    };
+    let first = migrating(0, "fail-open");
+    core.apply(&first, false).unwrap();
+    let second = migrating(1000, "fail-closed");
+    let outcome = core.apply(&second, false).unwrap();
+    assert!(outcome.restart_required.is_empty() && outcome.restarted_ports.is_empty());
+    assert_eq!(core.config(), &second);
+    let shown: Vec<String> = outcome.changes.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        shown,
+        [
+            "migration changed (bandwidth_mbps: 0 -> 1000)",
+            "vm x changed (migration.when_late: \"fail-open\" -> \"fail-closed\")"
+        ]
+    );
+    // Where the file says something new, it wins; what it says nothing new about stays as it runs.
+    let mut running = first.clone();
+    running.migration.hold_limit_ms = 7;
+    let merged = from_tree(merge(&first, &second, &running)).unwrap();
+    assert_eq!((merged.migration.hold_limit_ms, merged.migration.bandwidth_mbps), (7, 1000));
+    assert_eq!(merged.vm[0].migration.when_late, WhenLateConfig::FailClosed);
+}

@@ -2,6 +2,7 @@
 use std::collections::HashMap;
 
 use super::firewall_check;
+use super::migration_check;
 use super::model::*;
 use super::problem::Problem;
 use super::schema::did_you_mean;
@@ -27,6 +28,7 @@ pub(super) fn check(config: &Config, problems: &mut Vec<Problem>) {
     check_services(config, problems);
     check_bridges(config, problems);
     firewall_check::check(config, problems);
+    migration_check::check(config, problems);
     let mut names = HashMap::new();
     let mut resources = HashMap::new();
     resources.insert(format!("socket {}", config.api.socket.display()), "api.socket".to_owned());

@@ -8,6 +8,7 @@ use ferry_dataplane::firewall::spoof::MAX_ADDRESSES;
 use ferry_dataplane::firewall::token_bucket::MAX_RATE;
 
 use super::firewall::MAX_CONNECTIONS;
+use super::migration_schema::VM_MIGRATION;
 use super::schema::{Key, Kind, Section, Text, opt, plain, req};
 
 /// Longest time-out, milliseconds: see `TrackConfig`.
@@ -41,6 +42,7 @@ pub static VM: Section = plain(
             "",
             "How its connections are tracked; names, meaning and defaults are those of Linux's `net.netfilter.nf_conntrack_*`.",
         ),
+        VM_MIGRATION,
     ],
 );
 

@@ -106,11 +106,10 @@ impl Default for MigrationConfig {
 }
 
 impl MigrationConfig {
-    /// This host's name.
+    /// This host's name, in lower case as names of certificates and their files are.
     pub fn host_name(&self) -> String {
-        self.host.clone().unwrap_or_else(|| {
-            nix::unistd::gethostname().ok().and_then(|n| n.into_string().ok()).unwrap_or_default().to_lowercase()
-        })
+        let machine = || nix::unistd::gethostname().ok().and_then(|n| n.into_string().ok()).unwrap_or_default();
+        self.host.clone().unwrap_or_else(machine).to_ascii_lowercase()
     }
 
     /// Where this host's credentials are.

@@ -7,6 +7,8 @@ mod firewall;
 mod firewall_check;
 mod firewall_schema;
 mod migration;
+mod migration_check;
+mod migration_schema;
 mod model;
 mod problem;
 pub mod schema;

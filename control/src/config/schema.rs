@@ -6,6 +6,7 @@ use ferry_dataplane::packet::MacAddr;
 use serde_json::{Map, Value};
 
 use super::firewall_schema::{ADDRESS_SET, FLOW_LOG, PORT_FIREWALL, PORT_VM, SECURITY_GROUP, VM};
+use super::migration_schema::MIGRATION;
 use super::model::{self, MAX_BRIDGES, MAX_NAME_CHARS, MAX_PMDS, MAX_PORTS};
 use super::problem::Problem;
 
@@ -49,8 +50,14 @@ pub enum Text {
     Mode,
     /// Address and TCP port.
     SocketAddr,
+    /// An IP address.
+    IpAddr,
+    /// A host's name, as in its certificate.
+    HostName,
     /// Absolute path of a file.
     FilePath,
+    /// Absolute path of a directory.
+    DirPath,
     /// A MAC address.
     Mac,
     /// An address, or a prefix without host bits.
@@ -118,6 +125,7 @@ pub static ROOT: Section = plain(
         opt("security_group", Kind::Named(&SECURITY_GROUP, MAX_GROUPS), "", "A named set of firewall rules."),
         opt("address_set", Kind::Named(&ADDRESS_SET, MAX_ADDRESS_SETS), "", "A named set of prefixes."),
         opt("flow_log", Kind::Table(&FLOW_LOG), "", "Log of new and denied connections."),
+        opt("migration", Kind::Table(&MIGRATION), "", "Migration of VMs' connections along with the VMs."),
         opt("port", Kind::Tables(&PORT, MAX_PORTS), "", "A port of a bridge."),
     ],
 );
@@ -629,6 +637,17 @@ fn check_text(text: &Text, s: &str) -> Option<(String, String)> {
             let bad = !s.starts_with('/') || s.ends_with('/') || s.len() > 4095 || s.contains(char::is_control);
             bad.then(|| (format!("{shown} is not the absolute path of a file"), "start it with '/'".to_owned()))
         }
+        Text::DirPath => {
+            let bad = !s.starts_with('/') || s.len() > 4000 || s.contains(char::is_control);
+            bad.then(|| (format!("{shown} is not the absolute path of a directory"), "start it with '/'".to_owned()))
+        }
+        Text::IpAddr => s
+            .parse::<std::net::IpAddr>()
+            .is_err()
+            .then(|| (format!("{shown} is not an address"), "write it as \"192.0.2.1\" or \"2001:db8::1\"".to_owned())),
+        Text::HostName => ferry_migrate::pki::host_name(s)
+            .err()
+            .map(|e| (e.to_string(), "write a name as certificates have it, such as \"host-a\"".to_owned())),
         Text::Mac => s
             .parse::<MacAddr>()
             .is_err()
@@ -754,7 +773,9 @@ fn kind_text(kind: &Kind) -> String {
         Kind::Text(Text::Mode) => "octal string".to_owned(),
         Kind::Text(Text::SocketAddr) => "address:port".to_owned(),
         Kind::Text(Text::Line(_)) => "string".to_owned(),
-        Kind::Text(Text::FilePath) => "absolute path".to_owned(),
+        Kind::Text(Text::FilePath | Text::DirPath) => "absolute path".to_owned(),
+        Kind::Text(Text::IpAddr) => "address".to_owned(),
+        Kind::Text(Text::HostName) => "host name".to_owned(),
         Kind::Text(Text::Mac) => "MAC address".to_owned(),
         Kind::Text(Text::Cidr) => "address or prefix".to_owned(),
         Kind::Owner => "name or number".to_owned(),
