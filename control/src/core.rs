@@ -8,13 +8,11 @@ use ferry_migrate::announce;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::{self, Config, ConfigError, Problem, VlanKind};
+use crate::config::{self, Config, ConfigError, Problem};
 use crate::engine::{Engine, EngineError};
 use crate::firewall::observer::Observer;
+use crate::migration::Migration;
 use crate::plan::{Change, Plan, State, Step, describe, merge, plan};
-
-/// Most VLANs of a trunk in which a VM is announced.
-const MAX_ANNOUNCED_VLANS: usize = 64;
 
 /// Sets the log filter of the running process.
 pub type SetLogLevel = Box<dyn FnMut(&str) -> Result<(), String> + Send>;
@@ -135,6 +133,7 @@ pub struct Core {
     damage: String,
     set_log_level: SetLogLevel,
     observer: Observer,
+    migration: Migration,
     started: Instant,
 }
 
@@ -181,6 +180,7 @@ impl Core {
         config: Config,
         file: Option<PathBuf>,
         set_log_level: SetLogLevel,
+        migration: Migration,
     ) -> Result<Self, ChangeError> {
         // What exists before the start: services with their settings, no thread, bridge or port.
         let initial = Config {
@@ -197,8 +197,12 @@ impl Core {
             damage: String::new(),
             set_log_level,
             observer: Observer::new(),
+            migration,
             started: Instant::now(),
         };
+        if let Some(switch) = core.engine.vm_switch() {
+            core.migration.attach(switch);
+        }
         core.apply(&config, false)?;
         Ok(core)
     }
@@ -226,6 +230,10 @@ impl Core {
     /// What was denied lately, and the flow log.
     pub fn observer(&self) -> &Observer {
         &self.observer
+    }
+    /// Migrations of VMs' connections.
+    pub fn migration(&self) -> &Migration {
+        &self.migration
     }
     /// Keys that differ between file and daemon until the next start.
     pub fn restart_required(&self) -> &[String] {
@@ -309,6 +317,9 @@ impl Core {
             if let Err(e) = self.observer.reopen() {
                 tracing::warn!("flow log: {e}; the file opened before stays in use");
             }
+            if let Err(e) = self.migration.reload_credentials() {
+                tracing::warn!("migration certificates: {e}; the ones loaded before stay in use");
+            }
             self.file = Some(FileState { path, config: new_file });
         }
         Ok(outcome)
@@ -331,20 +342,31 @@ impl Core {
         if dry_run {
             return Ok(outcome);
         }
+        // Ports that are opened below have guests at once.
+        self.tell_migration(&target.config);
         let mut done: Vec<Step> = Vec::with_capacity(steps.len());
         for step in steps {
             tracing::debug!("{step}");
             if let Err(cause) = self.perform(&step) {
                 tracing::warn!("could not {step}: {cause}; restoring the former state");
                 let damage = self.roll_back(done);
+                self.tell_migration(&self.state.config);
                 return Err(ChangeError::Failed { step: step.to_string(), cause, damage });
             }
             done.push(step);
         }
         self.state = target;
+        self.tell_migration(&self.state.config);
         self.observer.set_vms(&self.state.config);
         outcome.applied = true;
         Ok(outcome)
+    }
+
+    fn tell_migration(&self, config: &Config) {
+        if let Err(e) = self.migration.set_config(config) {
+            // The checks of the configuration have found it.
+            tracing::error!("{e}");
+        }
     }
 
     fn roll_back(&mut self, done: Vec<Step>) -> String {
@@ -378,7 +400,14 @@ impl Core {
             Step::UpdateBridge { to, .. } => e.update_bridge(to),
             Step::RemoveBridge(b) => e.remove_bridge(&b.name),
             Step::AddVm(vm) => e.add_vm(vm),
+            Step::UpdateVm { from, to }
+                if from.connections != to.connections && self.migration.is_migrating(&to.name) =>
+            {
+                let message = format!("the connections of {} are migrating", to.name);
+                Err(EngineError::new(message, "change its table's size when that is over: ferry migrate status"))
+            }
             Step::UpdateVm { to, .. } => e.update_vm(to),
+            Step::SetMigration { to, .. } => self.migration.configure(to),
             Step::RemoveVm(vm) => e.remove_vm(&vm.name),
             Step::SetPolicy { to, .. } => e.set_policy(to),
             Step::SetFlowLog { to, .. } => {
@@ -405,18 +434,8 @@ impl Core {
         let Some(config) = self.state.config.port(port) else {
             return Err(EngineError::new(format!("there is no port {port}"), ""));
         };
-        let vids = config.vlan.trunk_vids();
-        let transparent = vids.is_empty();
-        let untagged = config.vlan.mode != VlanKind::Trunk || transparent || vids.contains(&0);
-        // On a trunk the guest may use any of the VLANs: announce it in each, as far as they are listed and few.
-        let tagged: Vec<u16> = match config.vlan.mode {
-            VlanKind::Access => Vec::new(),
-            _ => {
-                vids.into_iter().filter(|v| *v != 0 && Some(*v) != config.vlan.tag).take(MAX_ANNOUNCED_VLANS).collect()
-            }
-        };
         let mut sent = 0;
-        for vlan in untagged.then_some(None).into_iter().chain(tagged.into_iter().map(Some)) {
+        for vlan in config.vlan.announced() {
             self.engine.inject(port, &announce::rarp(mac, vlan))?;
             sent += 1;
         }
@@ -425,6 +444,8 @@ impl Core {
 
     /// Ends the switch in order.
     pub fn shutdown(&mut self) {
+        // First: whoever holds a guest lets it go.
+        self.migration.shut_down();
         self.engine.shutdown();
         self.state.config.port.clear();
         self.state.config.bridge.clear();

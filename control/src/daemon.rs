@@ -15,6 +15,7 @@ use crate::engine::{Engine, Opener, SwitchEngine};
 use crate::events::{self, EventSender};
 use crate::firewall::observer;
 use crate::metrics;
+use crate::migration::Migration;
 
 /// How long API and metrics get to finish what they are doing.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -55,10 +56,12 @@ impl Daemon {
             }
             false => None,
         };
-        let (sender, queue) = events::channel();
+        let migration = Migration::new();
+        let (sender, queue) = events::channel(migration.clone());
+        let started = migration.clone();
         let core = tokio::task::spawn_blocking(move || {
             let engine: Box<dyn Engine> = Box::new(SwitchEngine::new(opener(sender)));
-            Core::start(engine, config, file, set_log_level).map(SharedCore::new)
+            Core::start(engine, config, file, set_log_level, started).map(SharedCore::new)
         })
         .await?
         .map_err(|e| {
@@ -77,7 +80,7 @@ impl Daemon {
             tasks.spawn(metrics::serve(listener, core.clone(), stopped.clone()));
         }
         let listener = UnixListener::from_std(socket.listener()?)?;
-        tasks.spawn(api::serve(listener, api::router(AppState { core: core.clone() }), stopped));
+        tasks.spawn(api::serve(listener, api::router(AppState { core: core.clone(), migration }), stopped));
         Ok(Self { core, socket, metrics: metrics_address, stop, tasks })
     }
 

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use crate::core::WeakCore;
+use crate::migration::Migration;
 
 /// Most events waiting to be handled.
 const CAPACITY: usize = 4096;
@@ -32,16 +33,22 @@ pub enum Event {
 pub struct EventSender {
     sender: SyncSender<(Arc<str>, Event)>,
     lost: Arc<AtomicU64>,
+    migration: Migration,
 }
 
 /// A sender and the queue to be handled by [`run`].
-pub fn channel() -> (EventSender, EventQueue) {
+pub fn channel(migration: Migration) -> (EventSender, EventQueue) {
     let (sender, receiver) = sync_channel(CAPACITY);
     let lost = Arc::new(AtomicU64::new(0));
-    (EventSender { sender, lost: Arc::clone(&lost) }, EventQueue { receiver, lost })
+    (EventSender { sender, lost: Arc::clone(&lost), migration }, EventQueue { receiver, lost })
 }
 
 impl EventSender {
+    /// Which hears of ports' signals, too.
+    pub fn migration(&self) -> &Migration {
+        &self.migration
+    }
+
     /// Reports an event of `port`.
     pub fn send(&self, port: &Arc<str>, event: Event) {
         if let Err(TrySendError::Full(_)) = self.sender.try_send((Arc::clone(port), event)) {

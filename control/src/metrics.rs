@@ -19,8 +19,10 @@ use tokio::sync::watch;
 
 use crate::core::{Core, SharedCore};
 use crate::engine::{RxStats, Stats};
+use crate::migration::Migration;
 
 mod firewall;
+mod migration;
 use firewall::FirewallSnapshot;
 
 type Labels = Vec<(&'static str, String)>;
@@ -36,6 +38,7 @@ struct Snapshot {
     uptime_s: u64,
     runtime_changes: u64,
     firewall: FirewallSnapshot,
+    migration: Migration,
 }
 
 impl Snapshot {
@@ -56,6 +59,7 @@ impl Snapshot {
             uptime_s: core.started().elapsed().as_secs(),
             runtime_changes: core.not_in_file().len() as u64,
             firewall: FirewallSnapshot::of(core),
+            migration: core.migration().clone(),
             stats,
         }
     }
@@ -193,6 +197,7 @@ impl Collector for Snapshot {
         counters(e, "ferry_pmd_sleeps", "Sleeps", pmds().map(|(l, p)| (l, p.sleeps)))?;
         counters(e, "ferry_pmd_sleep_nanoseconds", "Time slept", pmds().map(|(l, p)| (l, p.sleep_ns)))?;
         self.firewall.encode(e)?;
+        migration::encode(&self.migration, e)?;
         let one = |v: i64| std::iter::once((Labels::new(), v));
         gauges(e, "ferry_uptime_seconds", "Time since the start", one(self.uptime_s as i64))?;
         gauges(e, "ferry_runtime_changes", "Differences to the configuration file", one(self.runtime_changes as i64))?;

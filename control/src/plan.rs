@@ -9,7 +9,9 @@ use ferry_dataplane::firewall::PolicyDocument;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::config::{self, BridgeConfig, Config, DpdkConfig, FlowLogConfig, MAX_PORTS, PmdSpec, PortConfig, VmSpec};
+use crate::config::{
+    self, BridgeConfig, Config, DpdkConfig, FlowLogConfig, MAX_PORTS, MigrationConfig, PmdSpec, PortConfig, VmSpec,
+};
 
 /// Lists of named entries in the configuration.
 const LISTS: [&str; 3] = ["vm", "bridge", "port"];
@@ -99,6 +101,13 @@ pub enum Step {
         /// After.
         to: FlowLogConfig,
     },
+    /// Sets how VMs' connections migrate.
+    SetMigration {
+        /// Before.
+        from: Box<MigrationConfig>,
+        /// After.
+        to: Box<MigrationConfig>,
+    },
     /// Adds a port.
     AddPort {
         /// What it is.
@@ -156,6 +165,7 @@ impl Step {
             Step::UpdateVm { from, to } => Step::UpdateVm { from: to, to: from },
             Step::SetPolicy { from, to } => Step::SetPolicy { from: to, to: from },
             Step::SetFlowLog { from, to } => Step::SetFlowLog { from: to, to: from },
+            Step::SetMigration { from, to } => Step::SetMigration { from: to, to: from },
             Step::AddPort { port, placed } => Step::RemovePort { port, placed },
             Step::RemovePort { port, placed } => Step::AddPort { port, placed },
             Step::UpdatePort { from, to } => Step::UpdatePort { from: to, to: from },
@@ -180,6 +190,7 @@ impl fmt::Display for Step {
             Step::RemoveVm(vm) => write!(f, "remove VM {}", vm.name),
             Step::SetPolicy { .. } => f.write_str("set security groups and address sets"),
             Step::SetFlowLog { .. } => f.write_str("set the flow log"),
+            Step::SetMigration { .. } => f.write_str("set up migration of VMs' connections"),
             Step::AddPort { port, .. } => write!(f, "add port {}", port.name),
             Step::UpdatePort { to, .. } => write!(f, "change port {}", to.name),
             Step::RemovePort { port, .. } => write!(f, "remove port {}", port.name),
@@ -222,6 +233,10 @@ pub fn plan(from: &State, to: &Config, dpdk_started: bool) -> Plan {
 
     if running.flow_log != to.flow_log {
         steps.push(Step::SetFlowLog { from: running.flow_log.clone(), to: to.flow_log.clone() });
+    }
+    if running.migration != to.migration {
+        let (from, to) = (Box::new(running.migration.clone()), Box::new(to.migration.clone()));
+        steps.push(Step::SetMigration { from, to });
     }
 
     let pmds = to.pmds();

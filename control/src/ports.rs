@@ -267,6 +267,8 @@ struct Reporter {
 
 impl PortObserver for Reporter {
     fn event(&self, event: &PortEvent) {
+        // May hold the frontend.
+        self.events.migration().observe(&self.port, event);
         let event = match event {
             PortEvent::Connected => Event::Connected,
             PortEvent::Disconnected { reason } => Event::Disconnected(reason.clone()),
@@ -277,7 +279,6 @@ impl PortObserver for Reporter {
             PortEvent::Mtu { mtu } => Event::Note(format!("the guest's MTU is {mtu}")),
             PortEvent::LogStarted => Event::Note("migration away: dirty-page logging on".into()),
             PortEvent::LogStopped => Event::Note("migration away given up: dirty-page logging off".into()),
-            // The rest is for flow-state migration.
             _ => return,
         };
         self.events.send(&self.port, event);

@@ -9,6 +9,7 @@ use ferry_control::engine::*;
 use ferry_control::firewall::filter::Filter;
 use ferry_control::firewall::packet_text::Described;
 use ferry_control::firewall::record::FirewallRecord;
+use ferry_control::migration::Migration;
 use ferry_control::plan::{State, Step, describe, merge, plan};
 use ferry_dataplane::firewall::limits::LimitsConfig;
 use ferry_dataplane::firewall::{Direction, PolicyDocument, Rule, SecurityGroup};
@@ -296,7 +297,8 @@ prop_compose! {
 
 fn started(config: &Config) -> (Core, ModelEngine) {
     let engine = ModelEngine::default();
-    let core = Core::start(Box::new(engine.clone()), config.clone(), None, Box::new(|_| Ok(()))).unwrap();
+    let core =
+        Core::start(Box::new(engine.clone()), config.clone(), None, Box::new(|_| Ok(())), Migration::new()).unwrap();
     (core, engine)
 }
 

@@ -295,6 +295,17 @@ impl<T: TargetTable> Destination<T> {
         }
     }
 
+    /// Other bounds, from now on.
+    pub fn reconfigure(&mut self, limits: DestinationLimits, host: Name) {
+        self.limits = limits;
+        self.host = host;
+    }
+
+    /// The VM runs here.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
     /// Where it is.
     pub fn state(&self) -> State {
         match &self.stage {

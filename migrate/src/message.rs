@@ -380,6 +380,22 @@ pub enum AbortReason {
     Operator,
 }
 
+/// Most findings of a check.
+pub const MAX_FINDINGS: usize = 24;
+
+/// What a migration would meet at the destination.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, DeriveDecode)]
+pub struct Finding {
+    /// The migration would be refused with this; none: it would go on.
+    pub refusal: Option<RefuseCode>,
+    /// What was looked at.
+    pub what: Text<64>,
+    /// What was found.
+    pub found: Note,
+    /// What to do about it; empty: nothing.
+    pub fix: Note,
+}
+
 /// All that was sent up to a point of the bulk stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, DeriveDecode)]
 pub struct Mark {
@@ -489,6 +505,13 @@ pub enum Message {
     },
     /// From the source: nothing more follows.
     Bye,
+    /// From the destination, in answer to [`Self::Offer`] on a connection that was opened for a check: nothing is staged.
+    Findings {
+        /// Everything that was looked at.
+        findings: List<Finding, MAX_FINDINGS>,
+        /// Connections that the VM's table there holds; 0: unknown VM.
+        capacity: u32,
+    },
 }
 
 impl Message {
@@ -512,6 +535,7 @@ impl Message {
             Self::Ping { .. } => "ping",
             Self::Pong { .. } => "pong",
             Self::Bye => "bye",
+            Self::Findings { .. } => "findings",
         }
     }
 }
@@ -578,6 +602,12 @@ mod tests {
     fn all() -> Vec<Message> {
         let mark = Mark { round: 3, batches: 9, items: 1000, digest: u128::MAX / 3 };
         let ack = Ack { round: 3, digest: 1 << 100, entries: 77, refused: 1, dropped: 2 };
+        let finding = Finding {
+            refusal: Some(RefuseCode::Capacity),
+            what: Text::lossy("table"),
+            found: Note::lossy("too small"),
+            fix: Note::default(),
+        };
         vec![
             Message::Hello(Abilities::default().hello(Name::new("host-a").unwrap())),
             Message::HelloReply(HelloReply { magic: MAGIC, version: 1, capabilities: 3, host: Name::default() }),
@@ -596,6 +626,7 @@ mod tests {
             Message::Ping { nonce: 1 },
             Message::Pong { nonce: u64::MAX },
             Message::Bye,
+            Message::Findings { findings: List::new(vec![finding]).unwrap(), capacity: 9 },
         ]
     }
 
@@ -685,7 +716,7 @@ mod tests {
 
         /// Whatever comes: an error, or a message that encodes to the same bytes.
         #[test]
-        fn any_bytes(kind in 0..20u8, mut bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        fn any_bytes(kind in 0..21u8, mut bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             bytes.splice(0..0, [kind, 0, 0, 0]);
             if let Ok(message) = decode(&bytes) {
                 prop_assert_eq!(encode(&message), Ok(bytes));
@@ -694,7 +725,7 @@ mod tests {
 
         /// Damage to real messages.
         #[test]
-        fn any_change(number in 0..17usize, at in any::<proptest::sample::Index>(), to in any::<u8>()) {
+        fn any_change(number in 0..18usize, at in any::<proptest::sample::Index>(), to in any::<u8>()) {
             let mut bytes = encode(&all()[number]).unwrap();
             let at = at.index(bytes.len());
             bytes[at] = to;

@@ -377,6 +377,19 @@ impl<T: SourceTable> Source<T> {
         }
     }
 
+    /// Other bounds, and what the VM is now. To be called while nothing migrates.
+    pub fn reconfigure(&mut self, limits: SourceLimits, identity: SourceIdentity) {
+        debug_assert!(!self.is_migrating());
+        self.rounds = Rounds::new(limits.rounds);
+        self.limits = limits;
+        self.identity = identity;
+    }
+
+    /// The final delta's end, or more, has been said, or is being prepared.
+    pub fn is_final(&self) -> bool {
+        self.final_begun
+    }
+
     /// Where it is.
     pub fn state(&self) -> State {
         match (self.guest, self.phase) {

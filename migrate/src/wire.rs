@@ -10,6 +10,34 @@ use crate::compress::Compressor;
 use crate::encoding::{BatchHeader, BatchLimits, BatchPlace, BatchReader, BatchWriter};
 use crate::record::{CONNECTION_BYTES, PortableTombstone, Record, RecordError};
 
+/// What a message of the bulk connection is: its first byte. The batch or frame follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BulkKind {
+    /// A batch in the record format.
+    Batch,
+    /// A frame that came late: the number of the VM's port (one byte), then the Ethernet frame.
+    LateFrame,
+}
+
+impl BulkKind {
+    /// The first byte.
+    pub const fn byte(self) -> u8 {
+        match self {
+            Self::Batch => 0,
+            Self::LateFrame => 1,
+        }
+    }
+
+    /// A message's kind and the rest of it; `None`: neither.
+    pub fn split(message: &[u8]) -> Option<(Self, &[u8])> {
+        match message.split_first()? {
+            (0, rest) => Some((Self::Batch, rest)),
+            (1, rest) => Some((Self::LateFrame, rest)),
+            _ => None,
+        }
+    }
+}
+
 /// What batches of the machines need of the format.
 const LIMITS: BatchLimits =
     BatchLimits { records: MAX_BATCH_ITEMS as u32, raw_bytes: (MAX_BATCH_ITEMS * MAX_RECORD_BYTES) as u32 };

@@ -292,8 +292,38 @@ impl Agent {
     /// # Errors
     /// When one cannot be opened.
     pub fn open_connections(&self, to: IpAddr, count: u32) -> Result<u64> {
-        let to = SocketAddr::new(to, TCP_ECHO_PORT);
-        handle(self.call(Command::ConnectionsOpen { to, count }, QUICK + Duration::from_millis(50) * count)?)
+        self.open_connections_to(SocketAddr::new(to, TCP_ECHO_PORT), count)
+    }
+
+    /// Opens `count` TCP connections to one of the ports of an agent's echo service and keeps them.
+    ///
+    /// # Errors
+    /// When one cannot be opened.
+    pub fn open_connections_to(&self, to: SocketAddr, count: u32) -> Result<u64> {
+        let command = Command::ConnectionsOpen { to, count, timeout_ms: 15_000 };
+        handle(self.call(command, QUICK + Duration::from_millis(10) * count)?)
+    }
+
+    /// How many of the connections behind a handle echo 64 bytes within `timeout`, and how many do not. The bound holds for
+    /// each 256 connections.
+    ///
+    /// # Errors
+    /// When the agent does not answer.
+    pub fn count_alive(&self, handle: u64, timeout: Duration) -> Result<(u32, u32)> {
+        let timeout_ms = timeout.as_millis() as u64;
+        let command = Command::ConnectionsExercise { handle, payload_bytes: 64, timeout_ms };
+        match self.call(command, Duration::from_secs(180))? {
+            Reply::Connections { ok, failed, .. } => Ok((ok, failed)),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// Closes kept connections.
+    ///
+    /// # Errors
+    /// When the agent does not answer, or there is no such handle.
+    pub fn close_connections(&self, handle: u64) -> Result<()> {
+        self.call(Command::ConnectionsClose { handle }, QUICK).map(drop)
     }
 
     /// Sends frames as they are, past the network stack, `rounds` times; returns how many were sent.

@@ -311,12 +311,17 @@ impl Guest {
         format!("--- qemu\n{}--- console\n{}\n---", self.process.log(), tail.join("\n"))
     }
 
+    /// The socket of monitor 0 or 1.
+    pub fn qmp_path(&self, monitor: u8) -> PathBuf {
+        self.dir.join(format!("qmp{monitor}"))
+    }
+
     /// A connection to monitor 0 or 1.
     ///
     /// # Errors
     /// When QEMU does not answer.
     pub fn qmp(&self, monitor: u8) -> Result<Qmp> {
-        let path = self.dir.join(format!("qmp{monitor}"));
+        let path = self.qmp_path(monitor);
         wait::until("monitor socket", Duration::from_secs(10), || path.exists())?;
         Qmp::connect(&path)
     }

@@ -1,6 +1,7 @@
 //! The local API: HTTP/1 with JSON bodies over a Unix socket. Documented in docs/API.md.
 mod error;
 mod firewall;
+mod migration;
 mod routes;
 mod server;
 mod socket;

@@ -14,8 +14,9 @@ use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
 use super::server::Peer;
-use super::{MAX_BODY_BYTES, firewall, views};
+use super::{MAX_BODY_BYTES, firewall, migration, views};
 use crate::core::{ChangeError, Core, SharedCore};
+use crate::migration::Migration;
 
 /// Longest time a request may take.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -25,6 +26,8 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 pub struct AppState {
     /// The daemon's state.
     pub core: SharedCore,
+    /// Migrations.
+    pub migration: Migration,
 }
 
 pub(super) type Reply = Result<Json<Value>, ApiError>;
@@ -45,7 +48,8 @@ pub fn router(state: AppState) -> Router {
         .route("/bridges/{name}/fdb", get(fdb).delete(flush_fdb))
         .route("/reload", post(reload))
         .route("/log", put(set_log))
-        .merge(firewall::routes());
+        .merge(firewall::routes())
+        .merge(migration::routes());
     Router::new()
         .nest("/v1", v1)
         .fallback(|r: Request| async move {

@@ -442,7 +442,19 @@ impl VlanItem {
     }
 }
 
+/// Most VLANs of a trunk in which a VM is announced.
+const MAX_ANNOUNCED_VLANS: usize = 64;
+
 impl VlanConfig {
+    /// How frames that announce a port's VM are tagged; `None`: not at all. On a trunk the guest may use any of the VLANs: it is
+    /// announced in each, as far as they are listed and few.
+    pub fn announced(&self) -> Vec<Option<u16>> {
+        let vids = self.trunk_vids();
+        let untagged = self.mode != VlanKind::Trunk || vids.is_empty() || vids.contains(&0);
+        let tagged = vids.into_iter().filter(|v| self.mode != VlanKind::Access && *v != 0 && Some(*v) != self.tag);
+        untagged.then_some(None).into_iter().chain(tagged.take(MAX_ANNOUNCED_VLANS).map(Some)).collect()
+    }
+
     /// The VLANs listed in `trunks`, in order and once each; empty when none are listed (which means all).
     pub fn trunk_vids(&self) -> BTreeSet<u16> {
         self.trunks.iter().filter_map(VlanItem::bounds).flat_map(|(lo, hi)| lo..=hi).collect()

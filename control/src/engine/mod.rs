@@ -6,6 +6,7 @@ mod switch_engine;
 pub use switch_engine::{Opened, Opener, PortHandle, SwitchEngine};
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use ferry_dataplane::firewall::PolicyDocument;
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,7 @@ use crate::firewall::connection::ConnectionView;
 use crate::firewall::filter::Filter;
 use crate::firewall::packet_text::Described;
 use crate::firewall::record::FirewallRecord;
+use crate::migration::switch::VmSwitch;
 
 /// Why the switch could not do a step.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -90,6 +92,10 @@ pub trait Engine: Send {
     fn housekeeper(&self) -> Box<dyn Fn() + Send>;
     /// Walks a packet through every stage, as if it came from or went to `port`, without any effect.
     fn trace(&self, port: &str, packet: &Described) -> Result<Trace, EngineError>;
+    /// The switch as migrations see it; none: this engine has no guests.
+    fn vm_switch(&self) -> Option<Arc<dyn VmSwitch>> {
+        None
+    }
     /// How a port is doing.
     fn port_state(&self, name: &str) -> Result<PortState, EngineError>;
     /// All counters.

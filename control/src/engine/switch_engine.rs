@@ -1,6 +1,6 @@
 //! The engine over the dataplane's switch: names become numbers, settings become options, ports are opened and closed.
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLockWriteGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ferry_dataplane::bridge::BridgeId;
@@ -22,6 +22,7 @@ use crate::config::{BridgeConfig, DpdkConfig, PmdSpec, PortConfig, VmSpec};
 use crate::firewall::filter::Filter;
 use crate::firewall::packet_text::Described;
 use crate::firewall::record::FirewallRecord;
+use crate::migration::switch::{NamedSwitch, Names, SharedNames, VmSwitch};
 use crate::threads;
 
 /// A port that is open: what keeps it so.
@@ -77,6 +78,8 @@ pub struct SwitchEngine<O: Opener> {
     ports: BTreeMap<String, Port>,
     bridges: BTreeMap<String, BridgeId>,
     vms: BTreeMap<String, VmId>,
+    /// What of these migrations need, without the daemon's lock.
+    names: SharedNames,
     clock: Clock,
     /// Reports of the firewall that were lost, as last heard.
     lost_events: u64,
@@ -96,6 +99,7 @@ impl<O: Opener> SwitchEngine<O> {
             ports: BTreeMap::new(),
             bridges: BTreeMap::new(),
             vms: BTreeMap::new(),
+            names: SharedNames::default(),
             clock,
             lost_events: 0,
             pmds: Vec::new(),
@@ -126,6 +130,10 @@ impl<O: Opener> SwitchEngine<O> {
             })
             .map_err(plain)?;
         Ok(Pmd { id, spec: *spec, idle })
+    }
+
+    fn names(&self) -> RwLockWriteGuard<'_, Names> {
+        self.names.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn pmd(&self, index: usize) -> Result<&Pmd, EngineError> {
@@ -279,6 +287,7 @@ impl<O: Opener> Engine for SwitchEngine<O> {
     fn add_vm(&mut self, vm: &VmSpec) -> Result<(), EngineError> {
         let id = self.switch.add_vm(vm_options(vm)).map_err(plain)?;
         self.vms.insert(vm.name.clone(), id);
+        self.names().vms.insert(vm.name.clone(), id);
         Ok(())
     }
 
@@ -289,6 +298,7 @@ impl<O: Opener> Engine for SwitchEngine<O> {
     fn remove_vm(&mut self, name: &str) -> Result<(), EngineError> {
         self.switch.remove_vm(self.vm(name)?).map_err(plain)?;
         self.vms.remove(name);
+        self.names().vms.remove(name);
         Ok(())
     }
 
@@ -365,6 +375,7 @@ impl<O: Opener> Engine for SwitchEngine<O> {
         match self.switch.add_port(options, opened.tx, opened.rx, &affinity) {
             Ok(id) => {
                 let vm = port.vm_name().map(str::to_owned);
+                self.names().ports.insert(port.name.clone(), (id, vm.clone()));
                 let record = Port { id, bridge: port.bridge.clone(), vm, handle: opened.handle };
                 self.ports.insert(port.name.clone(), record);
                 Ok(())
@@ -387,11 +398,14 @@ impl<O: Opener> Engine for SwitchEngine<O> {
         self.switch.update_port(record.id, options).map_err(plain)?;
         record.bridge.clone_from(&port.bridge);
         record.vm = port.vm_name().map(str::to_owned);
+        let named = (record.id, record.vm.clone());
+        self.names().ports.insert(port.name.clone(), named);
         Ok(())
     }
 
     fn remove_port(&mut self, name: &str) -> Result<(), EngineError> {
         self.switch.remove_port(self.port(name)?.id).map_err(plain)?;
+        self.names().ports.remove(name);
         if let Some(port) = self.ports.remove(name) {
             port.handle.close();
         }
@@ -423,6 +437,11 @@ impl<O: Opener> Engine for SwitchEngine<O> {
     fn fdb_flush(&mut self, bridge: &str, port: Option<&str>) -> Result<usize, EngineError> {
         let port = port.map(|p| Ok::<_, EngineError>(self.port(p)?.id)).transpose()?;
         self.switch.fdb_flush(self.bridge(bridge)?, port).map(|n| n as usize).map_err(plain)
+    }
+
+    fn vm_switch(&self) -> Option<Arc<dyn VmSwitch>> {
+        let switch = NamedSwitch::new(Arc::clone(&self.switch), self.clock.clone(), Arc::clone(&self.names));
+        Some(Arc::new(switch))
     }
 
     fn port_state(&self, name: &str) -> Result<PortState, EngineError> {

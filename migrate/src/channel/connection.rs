@@ -134,6 +134,25 @@ impl Sender {
         self.queue.send(Outgoing::Message(message)).await.map_err(|_| self.reason())
     }
 
+    /// Queues a message if there is room for it; never waits.
+    ///
+    /// # Errors
+    /// [`ChannelError::TooLong`], [`ChannelError::Full`], or why the connection has ended.
+    pub fn try_send(&self, message: Vec<u8>) -> Result<(), ChannelError> {
+        if message.len() > self.shared.limit {
+            return Err(ChannelError::TooLong { bytes: message.len(), limit: self.shared.limit });
+        }
+        self.queue.try_send(Outgoing::Message(message)).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => ChannelError::Full,
+            mpsc::error::TrySendError::Closed(_) => self.reason(),
+        })
+    }
+
+    /// Messages that [`Self::try_send`] takes now.
+    pub fn room(&self) -> usize {
+        self.queue.capacity()
+    }
+
     /// Whether the bandwidth cap holds for what this connection sends, also for what is queued already. Switched off for the final delta, which a stopped VM waits for.
     pub fn set_paced(&self, paced: bool) {
         self.paced.send_replace(paced);

@@ -67,6 +67,9 @@ pub enum ChannelError {
         /// What is allowed.
         limit: usize,
     },
+    /// The queue is full; nothing was sent.
+    #[error("the peer takes messages too slowly")]
+    Full,
     /// This side has closed it.
     #[error("the connection is closed")]
     Closed,

@@ -193,16 +193,13 @@ impl Listener {
 
     /// Figures.
     pub fn stats(&self) -> ListenerStats {
-        let mut refused = RefusedWhy::ALL.map(|why| (why, 0));
-        for ((_, count), counter) in refused.iter_mut().zip(&self.state.refused) {
-            *count = counter.load(Relaxed);
-        }
-        ListenerStats {
-            accepted: self.state.accepted.load(Relaxed),
-            sessions: self.state.handed_over.load(Relaxed),
-            refused,
-            open: self.state.limits.max_connections.saturating_sub(self.state.connections.available_permits()),
-        }
+        self.state.stats()
+    }
+
+    /// [`Self::stats`] for those who do not own the listener.
+    pub fn watch(&self) -> Arc<dyn Fn() -> ListenerStats + Send + Sync> {
+        let state = Arc::clone(&self.state);
+        Arc::new(move || state.stats())
     }
 }
 
@@ -242,6 +239,19 @@ impl std::fmt::Debug for State {
 }
 
 impl State {
+    fn stats(&self) -> ListenerStats {
+        let mut refused = RefusedWhy::ALL.map(|why| (why, 0));
+        for ((_, count), counter) in refused.iter_mut().zip(&self.refused) {
+            *count = counter.load(Relaxed);
+        }
+        ListenerStats {
+            accepted: self.accepted.load(Relaxed),
+            sessions: self.handed_over.load(Relaxed),
+            refused,
+            open: self.limits.max_connections.saturating_sub(self.connections.available_permits()),
+        }
+    }
+
     fn refuse(&self, address: Option<SocketAddr>, peer: Option<PeerIdentity>, why: RefusedWhy, detail: String) {
         if let Some(at) = RefusedWhy::ALL.iter().position(|w| *w == why)
             && let Some(counter) = self.refused.get(at)

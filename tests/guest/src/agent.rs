@@ -1,9 +1,10 @@
 //! The command loop: one thread per running command, answers remembered so that a repeated request is answered
 //! again instead of being run again.
-use crate::{raw, shell, workload};
+use crate::{connections, raw, shell, workload};
 use ferry_guest::protocol::{Command, READY_ID, Reply, Request, Response};
 use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -98,8 +99,13 @@ fn run(command: Command) -> Result<Reply, String> {
             payload_bytes,
             Duration::from_micros(interval_us),
             Duration::from_millis(linger_ms),
+            &AtomicBool::new(false),
         )
         .map(Reply::Udp),
+        Command::UdpProbeBegin { to, payload_bytes, interval_us } => {
+            workload::udp_probe_begin(to, payload_bytes, Duration::from_micros(interval_us)).map(Reply::Handle)
+        }
+        Command::UdpProbeEnd { handle } => workload::udp_probe_end(handle).map(Reply::Udp),
         Command::UdpSend { to, count, payload_bytes, interval_us, seed } => {
             workload::udp_send(to, count, payload_bytes, Duration::from_micros(interval_us), seed).map(Reply::Udp)
         }
@@ -110,11 +116,13 @@ fn run(command: Command) -> Result<Reply, String> {
             workload::tick_start(to, Duration::from_millis(interval_ms)).map(Reply::Handle)
         }
         Command::TickReport { handle, stop } => workload::tick_report(handle, stop).map(Reply::Tick),
-        Command::ConnectionsOpen { to, count } => workload::connections_open(to, count).map(Reply::Handle),
-        Command::ConnectionsExercise { handle, payload_bytes, timeout_ms } => {
-            workload::connections_exercise(handle, payload_bytes, Duration::from_millis(timeout_ms))
+        Command::ConnectionsOpen { to, count, timeout_ms } => {
+            connections::open(to, count, Duration::from_millis(timeout_ms)).map(Reply::Handle)
         }
-        Command::ConnectionsClose { handle } => workload::connections_close(handle).map(|()| Reply::Done),
+        Command::ConnectionsExercise { handle, payload_bytes, timeout_ms } => {
+            connections::exercise(handle, payload_bytes, Duration::from_millis(timeout_ms))
+        }
+        Command::ConnectionsClose { handle } => connections::close(handle).map(|()| Reply::Done),
         Command::SendFrames { interface, frames, rounds, vary } => {
             raw::send(&interface, &frames, rounds, vary).map(Reply::Count)
         }

@@ -12,6 +12,8 @@ pub const UDP_ECHO_PORT: u16 = 7002;
 pub const TICK_PORT: u16 = 7003;
 /// TCP port of the echo service (many connections kept open).
 pub const TCP_ECHO_PORT: u16 = 7004;
+/// The echo service's other TCP port, for rules that tell connections apart.
+pub const SECOND_ECHO_PORT: u16 = 7005;
 /// The id under which the agent reports by itself that it is ready.
 pub const READY_ID: u64 = 0;
 /// Longest output of a shell command that is returned, bytes; the rest is cut off.
@@ -84,6 +86,20 @@ pub enum Command {
         /// How long to wait for the last echoes, milliseconds.
         linger_ms: u64,
     },
+    /// Like [`Command::UdpProbe`], until [`Command::UdpProbeEnd`], or 100,000 datagrams. Answers with a handle.
+    UdpProbeBegin {
+        /// Address of the other agent's [`UDP_ECHO_PORT`].
+        to: SocketAddr,
+        /// Datagram payload in bytes (at least 8).
+        payload_bytes: usize,
+        /// Time between datagrams in microseconds.
+        interval_us: u64,
+    },
+    /// Ends [`Command::UdpProbeBegin`] and answers with its counts.
+    UdpProbeEnd {
+        /// Handle.
+        handle: u64,
+    },
     /// Sends `count` datagrams one way; their content is the stream `seed + n` behind the number `n`.
     UdpSend {
         /// Where to.
@@ -127,10 +143,12 @@ pub enum Command {
     },
     /// Opens `count` TCP connections to another agent's echo service and keeps them. Answers with a handle.
     ConnectionsOpen {
-        /// Address of the other agent's [`TCP_ECHO_PORT`].
+        /// Address of the other agent's [`TCP_ECHO_PORT`] or [`SECOND_ECHO_PORT`].
         to: SocketAddr,
         /// Number of connections.
         count: u32,
+        /// Bound per connection, milliseconds.
+        timeout_ms: u64,
     },
     /// Sends `payload_bytes` over every kept connection and expects them back.
     ConnectionsExercise {
@@ -138,7 +156,7 @@ pub enum Command {
         handle: u64,
         /// Bytes per connection.
         payload_bytes: usize,
-        /// Bound per connection, milliseconds.
+        /// Bound for each 256 connections, milliseconds.
         timeout_ms: u64,
     },
     /// Closes kept connections.

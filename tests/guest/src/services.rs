@@ -1,6 +1,7 @@
 //! What every agent offers to the others, from the start: the stream, tick and echo services.
+use crate::echo;
 use crate::workload::{self, StreamHeader, TickPeer};
-use ferry_guest::protocol::{Direction, STREAM_PORT, TCP_ECHO_PORT, TICK_PORT, UDP_ECHO_PORT};
+use ferry_guest::protocol::{Direction, SECOND_ECHO_PORT, STREAM_PORT, TCP_ECHO_PORT, TICK_PORT, UDP_ECHO_PORT};
 use std::io::{self, Read, Write};
 use std::net::{Ipv6Addr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -21,7 +22,7 @@ pub fn udp_echoed() -> u64 {
 pub fn start() -> io::Result<()> {
     accept(STREAM_PORT, |s| drop(serve_stream(s)))?;
     accept(TICK_PORT, |s| drop(serve_ticks(s)))?;
-    accept(TCP_ECHO_PORT, |s| drop(serve_echo(s)))?;
+    echo::start(&[TCP_ECHO_PORT, SECOND_ECHO_PORT])?;
     let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, UDP_ECHO_PORT))?;
     spawn(move || {
         let mut buf = vec![0; 65536];
@@ -71,15 +72,4 @@ fn serve_ticks(mut socket: TcpStream) -> io::Result<()> {
     let interval = Duration::from_millis(u64::from_le_bytes(interval).clamp(1, 60_000));
     let peer = Arc::new(TickPeer::default());
     workload::tick_run(socket, interval, peer)
-}
-
-fn serve_echo(mut socket: TcpStream) -> io::Result<()> {
-    let mut buf = vec![0; 4096];
-    loop {
-        let n = socket.read(&mut buf)?;
-        if n == 0 {
-            return Ok(());
-        }
-        socket.write_all(&buf[..n])?;
-    }
 }

@@ -65,6 +65,13 @@ pub fn force_receive_buffer(socket: &impl AsRawFd, bytes: i32) -> io::Result<()>
     check(r.into())
 }
 
+/// Raises this process's limit of open descriptors (needs root).
+pub fn allow_descriptors(count: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: count, rlim_max: count };
+    // SAFETY: a limit that lives across the call.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }.into())
+}
+
 /// A socket that sends whole frames through one interface.
 pub fn packet_socket(interface: &str) -> io::Result<OwnedFd> {
     let name = CString::new(interface)?;

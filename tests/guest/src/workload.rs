@@ -1,6 +1,6 @@
-//! The built-in workloads: transfers, datagrams, tick connections, kept connections, memory dirtying.
+//! The built-in workloads: transfers, datagrams, tick connections, memory dirtying.
 use crate::system;
-use ferry_guest::protocol::{Direction, Reply, TickReport, TransferReport, UdpReport};
+use ferry_guest::protocol::{Direction, TickReport, TransferReport, UdpReport};
 use ferry_guest::stream::{Stream, hex};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -214,13 +214,14 @@ impl Tally {
     }
 }
 
-/// Echo test; sender and receiver run in two threads, so that pace does not depend on answers.
+/// Echo test, ended early by `end`; sender and receiver run in two threads, so that pace does not depend on answers.
 pub fn udp_probe(
     to: SocketAddr,
     count: u32,
     payload_bytes: usize,
     interval: Duration,
     linger: Duration,
+    end: &AtomicBool,
 ) -> Result<UdpReport, String> {
     const SEED: u64 = 0xec40;
     let socket = udp_socket(to)?;
@@ -253,7 +254,7 @@ pub fn udp_probe(
         tally.report
     });
     let mut sent = 0;
-    for n in 0..count {
+    for n in (0..count).take_while(|_| !end.load(Relaxed)) {
         let d = datagram(n, SEED, payload_bytes);
         sent_at[n as usize].store(begin.elapsed().as_micros() as u64, Relaxed);
         // Errors are ICMP messages about earlier datagrams, or a full queue: counted as not sent.
@@ -264,6 +265,28 @@ pub fn udp_probe(
     let mut report = collector.join().map_err(|_| "collector failed".to_string())?;
     report.sent = sent;
     Ok(report)
+}
+
+type Probe = (Arc<AtomicBool>, thread::JoinHandle<Result<UdpReport, String>>);
+static PROBES: LazyLock<Mutex<HashMap<u64, Probe>>> = LazyLock::new(Mutex::default);
+
+/// Starts an echo test that lasts until it is ended.
+pub fn udp_probe_begin(to: SocketAddr, payload_bytes: usize, interval: Duration) -> Result<u64, String> {
+    const LONGEST: u32 = 100_000;
+    const LINGER: Duration = Duration::from_millis(500);
+    let end = Arc::new(AtomicBool::new(false));
+    let end2 = end.clone();
+    let probe = thread::spawn(move || udp_probe(to, LONGEST, payload_bytes, interval, LINGER, &end2));
+    let handle = new_handle();
+    lock(&PROBES).insert(handle, (end, probe));
+    Ok(handle)
+}
+
+/// Ends it.
+pub fn udp_probe_end(handle: u64) -> Result<UdpReport, String> {
+    let (end, probe) = lock(&PROBES).remove(&handle).ok_or("no such probe")?;
+    end.store(true, Relaxed);
+    probe.join().map_err(|_| "probe failed".to_string())?
 }
 
 /// One-way datagrams.
@@ -311,7 +334,8 @@ static HANDLES: AtomicU64 = AtomicU64::new(1);
 type TickConnection = (TcpStream, Arc<TickPeer>);
 static TICKS: LazyLock<Mutex<HashMap<u64, TickConnection>>> = LazyLock::new(Mutex::default);
 
-fn new_handle() -> u64 {
+/// A number that no other handle has.
+pub fn new_handle() -> u64 {
     HANDLES.fetch_add(1, Relaxed)
 }
 
@@ -396,55 +420,6 @@ pub fn tick_report(handle: u64, stop: bool) -> Result<TickReport, String> {
         ticks.remove(&handle);
     }
     Ok(report)
-}
-
-// ---- Kept connections ----
-
-static CONNECTIONS: LazyLock<Mutex<HashMap<u64, Vec<TcpStream>>>> = LazyLock::new(Mutex::default);
-
-/// Opens and keeps connections.
-pub fn connections_open(to: SocketAddr, count: u32) -> Result<u64, String> {
-    let mut all = Vec::new();
-    for _ in 0..count {
-        all.push(connect(to)?);
-    }
-    let handle = new_handle();
-    lock(&CONNECTIONS).insert(handle, all);
-    Ok(handle)
-}
-
-/// Echoes a payload over every connection.
-pub fn connections_exercise(handle: u64, payload_bytes: usize, timeout: Duration) -> Result<Reply, String> {
-    let mut all = lock(&CONNECTIONS);
-    let sockets = all.get_mut(&handle).ok_or("no such connections")?;
-    let (mut ok, mut failed, mut error) = (0, 0, None);
-    for (i, socket) in sockets.iter_mut().enumerate() {
-        let mut sent = vec![0; payload_bytes];
-        Stream::new(i as u64 ^ handle << 32).fill(&mut sent);
-        let mut back = vec![0; payload_bytes];
-        let outcome = socket
-            .set_read_timeout(Some(timeout))
-            .and_then(|()| socket.set_write_timeout(Some(timeout)))
-            .and_then(|()| socket.write_all(&sent))
-            .and_then(|()| socket.read_exact(&mut back));
-        match outcome {
-            Ok(()) if back == sent => ok += 1,
-            Ok(()) => {
-                failed += 1;
-                error.get_or_insert_with(|| format!("connection {i}: wrong echo"));
-            }
-            Err(e) => {
-                failed += 1;
-                error.get_or_insert_with(|| format!("connection {i}: {e}"));
-            }
-        }
-    }
-    Ok(Reply::Connections { ok, failed, error })
-}
-
-/// Closes kept connections.
-pub fn connections_close(handle: u64) -> Result<(), String> {
-    lock(&CONNECTIONS).remove(&handle).map(drop).ok_or_else(|| "no such connections".into())
 }
 
 // ---- Memory ----
