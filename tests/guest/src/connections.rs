@@ -88,6 +88,7 @@ impl Kept {
         self.exercises += 1;
         let mut payload = vec![0; payload_bytes];
         Stream::new(seed ^ self.exercises << 48).fill(&mut payload);
+        self.socket.set_nonblocking(false)?;
         self.socket.set_write_timeout(Some(timeout))?;
         self.socket.write_all(&payload)?;
         self.owed.extend_from_slice(&payload);
@@ -98,8 +99,10 @@ impl Kept {
     fn receive(&mut self, deadline: Instant) -> io::Result<()> {
         let mut buf = [0; 4096];
         while !self.owed.is_empty() {
-            let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            self.socket.set_read_timeout(Some(left))?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            // Once the time is over, only what has come already counts: waiting a little for each of many would add up.
+            self.socket.set_nonblocking(left.is_zero())?;
+            self.socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
             let room = buf.len().min(self.owed.len());
             match self.socket.read(&mut buf[..room])? {
                 0 => return Err(ErrorKind::UnexpectedEof.into()),

@@ -84,10 +84,10 @@ impl Channel {
     }
 
     /// The configuration's section of a host.
-    pub(super) fn section(&self, side: Side, keys: &str) -> String {
+    pub(super) fn section(&self, side: Side, enabled: bool, keys: &str) -> String {
         let peer = side.other();
         format!(
-            "[migration]\nenabled = true\nhost = \"{}\"\nlisten = \"{}:{PORT}\"\npki = {:?}\naudit_log = {:?}\n{keys}\n\
+            "[migration]\nenabled = {enabled}\nhost = \"{}\"\nlisten = \"{}:{PORT}\"\npki = {:?}\naudit_log = {:?}\n{keys}\n\
              [[migration.peer]]\nhost = \"{}\"\naddress = \"{}:{PORT}\"\n\
              [[migration.rule]]\nname = \"both ways\"\nvm = \"{VM}\"\npeer = \"{}\"\nroles = [\"send\", \"receive\"]\n",
             host_name(side),

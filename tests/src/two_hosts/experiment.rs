@@ -1,7 +1,7 @@
 //! A live migration with everything that can go wrong watched: established connections, a running counter, payload that arrives
 //! during the rounds, memory that changes, a connection that is revoked meanwhile, and what was never allowed.
 use super::moving::{Migrated, Move, Pace};
-use super::status::{Asker, FlowStatus};
+use super::status::{Asker, FlowStatus, now_ms};
 use super::{
     DENIED_PORT, HOLD_PORT, Side, TwoHosts, VM, guest_address, guest_address6, peer_address, peer_address6, policy,
 };
@@ -20,12 +20,16 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Bound for a window of connections that are expected to live.
 const ALIVE: Duration = Duration::from_secs(15);
-/// Bound for connections that are expected to hang: ten times a round trip under load, and above the first retransmissions.
-const HANGING: Duration = Duration::from_millis(1500);
+/// Bound for connections that are expected to hang: far above a round trip under load, and above the first retransmissions.
+const HANGING: Duration = Duration::from_millis(1000);
 /// Datagrams that the guest receives during the rounds and leaves unread.
 const HELD: u32 = 60;
 /// Seed of their content.
 const HELD_SEED: u64 = 4242;
+/// Length of a paced stream towards the guest that begins before the last rounds and ends after the migration, at 1 MB/s.
+const STREAM_BYTES: u64 = 4_000_000;
+/// How long the counter is watched after the migration: above the first retransmissions.
+const OBSERVED: Duration = Duration::from_secs(2);
 /// Seed of the stream's content.
 const STREAM_SEED: u64 = 99;
 
@@ -47,14 +51,12 @@ pub struct Load {
     pub family: Family,
     /// Memory that the guest rewrites, MB.
     pub dirty_mb: u32,
-    /// How fast, MB/s.
+    /// How fast, MB/s: faster than QEMU copies it, so that the rounds go on until the guest stops.
     pub dirty_mb_per_s: u32,
-    /// After so many memory rounds the guest stops rewriting memory, if QEMU has not stopped it before.
+    /// After so many memory rounds the guest stops rewriting memory.
     pub rounds: u32,
     /// How fast QEMU copies memory, and when it stops.
     pub pace: Pace,
-    /// Length of a paced stream (1 MB/s) towards the guest that runs throughout, MB; it should last longer than the rounds.
-    pub stream_mb: u64,
     /// Between two ticks of the counter, and two datagrams of the probe.
     pub tick: Duration,
 }
@@ -65,18 +67,17 @@ impl Load {
         Self {
             connections,
             family: Family::V4,
-            dirty_mb: 64,
-            dirty_mb_per_s: 80,
+            dirty_mb: 24,
+            dirty_mb_per_s: 130,
             rounds: 20,
             pace: Pace::default(),
-            stream_mb: 8,
             tick: Duration::from_millis(5),
         }
     }
 
     /// A few rounds.
     pub fn short(connections: u32) -> Self {
-        Self { dirty_mb: 24, rounds: 6, stream_mb: 4, ..Self::full(connections) }
+        Self { rounds: 6, ..Self::full(connections) }
     }
 }
 
@@ -240,6 +241,19 @@ pub struct Subject {
     pub connections: Connections,
 }
 
+impl Subject {
+    /// Boots the guest on node A and opens its connections.
+    ///
+    /// # Errors
+    /// When it does not boot, or a connection cannot be opened.
+    pub fn boot(hosts: &TwoHosts, scratch: &Scratch, load: &Load) -> Result<Self> {
+        let guest = hosts.boot(scratch)?;
+        let connections =
+            Connections::open(hosts, &guest, load.connections, load.family).map_err(|e| guest.explain(e))?;
+        Ok(Self { guest, at: Side::A, connections })
+    }
+}
+
 /// Moves the guest to the other node under load and measures. Returns it with what was measured.
 ///
 /// # Errors
@@ -263,21 +277,22 @@ pub fn run(
     guest.call(Command::UdpHold { port: HOLD_PORT }, PATIENCE)?;
     let ticks = hosts.peer.start_ticks(address, load.tick)?;
     let probe = begin_probe(hosts, address, load.tick)?;
-    let bytes = load.stream_mb * 1_000_000;
-    let stream = hosts.peer.start_transfer(address, Direction::Send, STREAM_SEED, bytes, 1)?;
     let dirt =
         handle(guest.call(Command::DirtyStart { size_mb: load.dirty_mb, mb_per_s: load.dirty_mb_per_s }, PATIENCE)?)?;
+    let since_ms = now_ms();
     let mut moving = hosts.begin(scratch, guest, at.other(), load.pace)?;
     observe(Step::Begun);
 
     // The first round copies all memory; what arrives after it must be copied again.
     moving.wait_rounds(2)?;
+    let held = write_payload(hosts, address)?;
+    observe(Step::Written);
     hosts.change_policy(at, &policy(false))?;
     check_hangs(hosts, revocable)?;
     observe(Step::Revoked);
-    let held = write_payload(hosts, address, &mut moving)?;
-    observe(Step::Written);
+    ensure!(moving.active()?, "the rounds were over too early");
     wait_rounds(&mut moving, load.rounds)?;
+    let stream = hosts.peer.start_transfer(address, Direction::Send, STREAM_SEED, STREAM_BYTES, 1)?;
     moving.source.call(Command::DirtyStop { handle: dirt }, PATIENCE)?;
     let Migrated { mut guest, downtime_ms, rounds } = moving.finish()?;
     observe(Step::Arrived);
@@ -285,28 +300,27 @@ pub fn run(
     hosts.wait_up(arrived).map_err(|e| guest.explain(e))?;
 
     check_held(&mut guest, held)?;
-    let connections_after =
-        connections.count_alive(hosts, &guest, if hosts.plan.flow_migration { ALIVE } else { HANGING })?;
+    let before = hosts.peer.ticks(ticks, false)?;
+    thread::sleep(OBSERVED);
+    let after = hosts.peer.ticks(ticks, true)?;
+    let probe_gap_ms = end_probe(hosts, probe)?.max_gap_us / 1000;
+    let lives = hosts.plan.flow_migration;
+    let connections_after = connections.count_alive(hosts, &guest, if lives { ALIVE } else { HANGING })?;
     check_hangs(hosts, revocable)?;
     hosts.peer.close_connections(revocable)?;
     check_denied(hosts, address)?;
-    let probe_gap_ms = end_probe(hosts, probe)?.max_gap_us / 1000;
-    let stream_intact = match stream.wait_transfer(if hosts.plan.flow_migration { PATIENCE } else { HANGING }) {
-        Ok(report) => verify(&report, bytes, &stream::digest(STREAM_SEED, bytes)).map(|()| true)?,
+    let stream_intact = match stream.wait_transfer(if lives { PATIENCE } else { HANGING }) {
+        Ok(report) => verify(&report, STREAM_BYTES, &stream::digest(STREAM_SEED, STREAM_BYTES)).map(|()| true)?,
         Err(_) => false,
     };
-    let before = hosts.peer.ticks(ticks, false)?;
-    thread::sleep(Duration::from_millis(300));
-    let after = hosts.peer.ticks(ticks, true)?;
-    let counter_runs = after.error.is_none() && after.received > before.received;
     for side in [at, arrived] {
         hosts.host(side).ferryd.check_ledger()?;
     }
     // The next migration finds the same policy.
     hosts.change_policy(at, &policy(true))?;
 
-    let (source, destination) = if hosts.plan.flow_migration {
-        (Asker::new(hosts.host(at)).ended(VM)?, Asker::new(hosts.host(arrived)).ended(VM)?)
+    let (source, destination) = if lives {
+        (Asker::new(hosts.host(at)).ended(VM, since_ms)?, Asker::new(hosts.host(arrived)).ended(VM, since_ms)?)
     } else {
         Default::default()
     };
@@ -318,7 +332,14 @@ pub fn run(
         peer_gap_ms: after.max_gap_ms.max(after.silent_ms),
         connections_before,
         connections_after,
-        more: Details { memory_rounds: rounds, probe_gap_ms, counter_runs, stream_intact, source, destination },
+        more: Details {
+            memory_rounds: rounds,
+            probe_gap_ms,
+            counter_runs: after.error.is_none() && after.received > before.received,
+            stream_intact,
+            source,
+            destination,
+        },
     };
     Ok((Subject { guest, at: arrived, connections }, report))
 }
@@ -351,12 +372,10 @@ fn check_hangs(hosts: &TwoHosts, handle: u64) -> Result<()> {
 }
 
 /// Sends what must be intact at the destination; returns how much.
-fn write_payload(hosts: &TwoHosts, address: IpAddr, moving: &mut Move) -> Result<u64> {
+fn write_payload(hosts: &TwoHosts, address: IpAddr) -> Result<u64> {
     let to = SocketAddr::new(address, HOLD_PORT);
     let send = Command::UdpSend { to, count: HELD, payload_bytes: 1000, interval_us: 5000, seed: HELD_SEED };
-    let sent = udp(hosts.peer.call(send, PATIENCE)?)?.sent;
-    ensure!(moving.active()?, "the rounds were over before the payload was written");
-    Ok(sent)
+    Ok(udp(hosts.peer.call(send, PATIENCE)?)?.sent)
 }
 
 fn check_held(guest: &mut Guest, sent: u64) -> Result<()> {

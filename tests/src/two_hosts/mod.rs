@@ -22,7 +22,7 @@ use crate::netns::{Netns, ip};
 use crate::qemu::{Guest, GuestBuilder, Nic, Role};
 use crate::scratch::Scratch;
 use crate::wait;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use channel::Channel;
 use ferry_guest::protocol::{SECOND_ECHO_PORT, STREAM_PORT, TCP_ECHO_PORT, TICK_PORT, UDP_ECHO_PORT};
 use moving::{Migrated, Move, Pace};
@@ -196,7 +196,7 @@ impl Plan {
         if let Some(channel) = channel {
             text +=
                 &format!("migration = {{ {} qmp = {:?} }}\n", self.vm_migration_keys, monitor.display().to_string());
-            text += &channel.section(side, &self.migration_keys);
+            text += &channel.section(side, self.flow_migration, &self.migration_keys);
         }
         text
     }
@@ -293,6 +293,17 @@ impl TwoHosts {
         let host = self.host(side);
         let sections = self.plan.sections(policy, side, self.channel.as_ref(), &host.monitor);
         self.host_mut(side).ferryd.change_sections(&sections)
+    }
+
+    /// Switches the migration of connections on or off on both nodes, at run time. It is on from the beginning if the plan says so.
+    ///
+    /// # Errors
+    /// When a switch refuses, or there are no certificates.
+    pub fn set_flow_migration(&mut self, on: bool) -> Result<()> {
+        ensure!(self.channel.is_some(), "no certificates");
+        self.plan.flow_migration = on;
+        self.change_policy(Side::A, &policy(true))?;
+        self.change_policy(Side::B, &policy(true))
     }
 
     /// Waits until the guest's ports on a node are up.

@@ -1,14 +1,12 @@
-//! What a switch says of the migrations of connections, asked with its command-line tool.
+//! What a switch says of the migrations of connections.
 use super::Host;
-use crate::paths;
-use crate::process;
 use crate::wait;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Deserialize;
-use serde_json::Value;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Longer than late frames are redirected.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -70,7 +68,7 @@ pub struct FlowRound {
     pub duration_ms: u64,
 }
 
-/// Asks a switch from whatever thread.
+/// Asks a switch from whatever thread, without the cost of a process: many times a second while a migration runs.
 #[derive(Clone, Debug)]
 pub struct Asker {
     api: PathBuf,
@@ -82,30 +80,53 @@ impl Asker {
         Self { api: host.ferryd.api().to_path_buf() }
     }
 
+    /// `GET /v1` + path; `None`: there is no such thing.
+    fn get(&self, path: &str) -> Result<Option<String>> {
+        let mut stream = UnixStream::connect(&self.api).context("API")?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        write!(stream, "GET /v1{path} HTTP/1.1\r\nHost: ferry\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").with_context(|| format!("no HTTP: {answer}"))?;
+        match head.split_whitespace().nth(1) {
+            Some("200") => Ok(Some(body.to_string())),
+            Some("404") => Ok(None),
+            _ => bail!("GET {path}: {answer}"),
+        }
+    }
+
     /// The latest migration of a VM; `None` when it had none.
     ///
     /// # Errors
     /// When the switch does not answer.
     pub fn flow(&self, vm: &str) -> Result<Option<FlowStatus>> {
-        let mut c = Command::new(paths::binary("ferry")?);
-        c.arg("--socket").arg(&self.api).args(["migrate", "status", "--json"]);
-        let text = process::run(c, PATIENCE)?;
-        let all: Value = serde_json::from_str(&text).with_context(|| format!("no JSON: {text}"))?;
-        let list = all["migrations"].as_array().with_context(|| format!("no list of migrations: {text}"))?;
-        let one = list.iter().find(|m| m["vm"] == vm).cloned();
-        one.map(|m| serde_json::from_value(m).with_context(|| text)).transpose()
+        let text = self.get(&format!("/migrations/{vm}"))?;
+        text.map(|t| serde_json::from_str(&t).with_context(|| t)).transpose()
     }
 
-    /// Waits until the VM's latest migration has ended.
+    /// Waits until the VM's migration that began at `since_ms` (milliseconds since 1970) or later fulfils a condition.
     ///
     /// # Errors
-    /// When it does not, or the VM had none.
-    pub fn ended(&self, vm: &str) -> Result<FlowStatus> {
+    /// When it does not, or there is no such migration.
+    pub fn wait(&self, vm: &str, since_ms: u64, what: &str, is: impl Fn(&FlowStatus) -> bool) -> Result<FlowStatus> {
         let mut last = None;
-        wait::for_some("end of the migration of connections", PATIENCE, || {
+        wait::for_some(&format!("migration of connections: {what}"), PATIENCE, || {
             last = self.flow(vm).ok().flatten();
-            last.clone().filter(|m| m.ended_at_ms.is_some())
+            last.clone().filter(|m| m.began_at_ms >= since_ms && is(m))
         })
         .with_context(|| format!("last seen: {last:?}"))
     }
+
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn ended(&self, vm: &str, since_ms: u64) -> Result<FlowStatus> {
+        self.wait(vm, since_ms, "end", |m| m.ended_at_ms.is_some())
+    }
+}
+
+/// Milliseconds since 1970.
+pub fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
