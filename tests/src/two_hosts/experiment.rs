@@ -287,8 +287,10 @@ pub fn run(
     moving.wait_rounds(2)?;
     let held = write_payload(hosts, address)?;
     observe(Step::Written);
+    // Both hosts' rules change, as when a controller takes a rule from a group; the connection has been copied by now.
     hosts.change_policy(at, &policy(false))?;
     check_hangs(hosts, revocable)?;
+    hosts.change_policy(at.other(), &policy(false))?;
     observe(Step::Revoked);
     ensure!(moving.active()?, "the rounds were over too early");
     wait_rounds(&mut moving, load.rounds)?;
@@ -318,6 +320,7 @@ pub fn run(
     }
     // The next migration finds the same policy.
     hosts.change_policy(at, &policy(true))?;
+    hosts.change_policy(arrived, &policy(true))?;
 
     let (source, destination) = if lives {
         (Asker::new(hosts.host(at)).ended(VM, since_ms)?, Asker::new(hosts.host(arrived)).ended(VM, since_ms)?)
