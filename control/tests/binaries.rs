@@ -360,6 +360,16 @@ fn completions_and_man_pages() {
         assert!(page.contains(".SH NAME") && page.contains(".SH SYNOPSIS"));
     }
     assert!(std::fs::read_to_string(dir.path().join("ferry.1")).unwrap().contains("cannot be reached"));
+    for (page, example) in [
+        ("ferry-pki.1", "ferry pki issue /root/ferry"),
+        ("ferry-pki-rotate.1", "a new generation of the authority"),
+        ("ferry-migrate-watch.1", "virsh migrate"),
+        ("ferry-migrate-check.1", "ferry migrate check web1"),
+        ("ferry-migrate-audit.1", "ferry migrate audit"),
+    ] {
+        let text = std::fs::read_to_string(dir.path().join(page)).unwrap_or_else(|e| panic!("{page}: {e}"));
+        assert!(text.replace('\\', "").contains(example), "{page}: {text}");
+    }
 }
 
 #[test]

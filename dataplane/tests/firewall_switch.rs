@@ -684,3 +684,118 @@ fn diverted_frames_wait_and_are_judged_when_they_are_delivered() {
     assert_eq!(net.denied(0, Direction::Ingress, "fw_denied"), 1);
     assert_eq!(divert.stats().waiting, 0);
 }
+
+fn strict(vm: &mut VmOptions) {
+    vm.track = TrackConfig { tcp_loose: false, ..TrackConfig::default() };
+}
+
+#[test]
+fn a_strict_vm_picks_up_for_a_while_what_policy_and_limits_allow() {
+    let net = Net::new(&["web"], |vm, _| {
+        strict(vm);
+        vm.limits.max_connections = 3;
+    });
+    let vm = net.switch.vm(net.vms[0]).unwrap();
+    let now_ms = || net.now_ns.load(Ordering::Relaxed) / 1_000_000;
+    let segment = |port: u16, to: u16, flags: u8| tcp((OUT_MAC, OUT, port), (A_MAC, A, to), flags, 1, 1, b"mid-stream");
+    let refused = |reason: &str| net.denied(0, Direction::Ingress, reason);
+    net.send(&net.out, &segment(4000, 80, ACK));
+    assert_eq!((net.a.take().len(), refused("ct_no_connection")), (0, 1), "before");
+
+    vm.pick_up_until(now_ms() + 1000);
+    net.send(&net.out, &segment(4000, 80, ACK));
+    net.send(&net.a, &tcp((A_MAC, A, 80), (OUT_MAC, OUT, 4000), ACK, 1, 11, b"answer"));
+    assert_eq!((net.a.take().len(), net.out.take().len()), (1, 1));
+    assert!(net.connections(0)[0].decision.allowed() && net.connections(0)[0].key.remote_port == 4000);
+    // Where the policy lets nothing in, nothing is picked up; what cannot be an open connection's neither.
+    net.send(&net.out, &segment(4001, 22, ACK));
+    net.send(&net.out, &segment(4002, 80, RST_ACK));
+    net.send(&net.out, &segment(4003, 80, SYN_ACK));
+    assert_eq!((net.a.take().len(), refused("fw_denied"), refused("ct_no_connection")), (0, 1, 3));
+    // Other VMs stay as strict as they are.
+    net.send(&net.out, &tcp((OUT_MAC, OUT, 4000), (B_MAC, B, 80), ACK, 1, 1, b"mid-stream"));
+    assert_eq!((net.b.take().len(), net.denied(1, Direction::Ingress, "ct_no_connection")), (0, 1));
+    // Limits hold.
+    net.send(&net.out, &segment(4000, 80, ACK));
+    for port in [5000, 5001] {
+        net.send(&net.out, &segment(port, 80, ACK));
+        net.send(&net.a, &tcp((A_MAC, A, 80), (OUT_MAC, OUT, port), ACK, 1, 11, b"answer"));
+        net.send(&net.out, &segment(port, 80, ACK));
+    }
+    assert_eq!((net.a.take().len(), net.out.take().len()), (5, 2));
+    net.send(&net.out, &segment(5002, 80, ACK));
+    assert_eq!((net.a.take().len(), refused("limit_connections")), (0, 1));
+    assert_eq!(net.switch.vm_status(net.vms[0]).unwrap().limits.connections, 3);
+
+    // It ends by itself; what was picked up goes on.
+    net.later(1000);
+    vm.flush(&|c| c.key.remote_port != 4000);
+    net.send(&net.out, &segment(6000, 80, ACK));
+    assert_eq!((net.a.take().len(), refused("ct_no_connection")), (0, 4), "after");
+    net.send(&net.out, &tcp((OUT_MAC, OUT, 4000), (A_MAC, A, 80), ACK, 11, 7, b"on"));
+    assert_eq!(net.a.take().len(), 1);
+    net.connect_to_a(7000);
+}
+
+#[test]
+fn picking_up_stays_with_the_vm_when_its_settings_change_and_can_be_ended() {
+    let net = Net::new(&["web"], |vm, _| strict(vm));
+    let segment = |port: u16| tcp((OUT_MAC, OUT, port), (A_MAC, A, 80), ACK, 1, 1, b"mid-stream");
+    net.switch.vm(net.vms[0]).unwrap().pick_up_until(u64::MAX);
+    let mut options = VmOptions { capacity: 8192, ..VmOptions::named("a") };
+    strict(&mut options);
+    net.switch.update_vm(net.vms[0], options).unwrap();
+    net.send(&net.out, &segment(4000));
+    assert_eq!(net.a.take().len(), 1, "in a table of another size");
+    net.switch.vm(net.vms[0]).unwrap().pick_up_until(0);
+    net.send(&net.out, &segment(4001));
+    assert_eq!(net.a.take().len(), 0);
+    // A table that takes the place of this one has nothing to do with it.
+    net.switch.vm(net.vms[0]).unwrap().pick_up_until(u64::MAX);
+    let staged = net.switch.stage_vm(net.vms[0]).unwrap();
+    net.switch.activate_vm(net.vms[0], staged).unwrap();
+    net.send(&net.out, &segment(4002));
+    assert_eq!(net.a.take().len(), 0);
+    assert_eq!(net.denied(0, Direction::Ingress, "ct_no_connection"), 2);
+}
+
+#[test]
+fn forgotten_windows_are_learned_from_one_packet_of_each_direction() {
+    let net = Net::new(&["web"], |vm, _| strict(vm));
+    net.connect_to_a(4000);
+    net.connect_to_a(4001);
+    // Not past its handshake, and no TCP: nothing to forget.
+    net.send(&net.out, &tcp((OUT_MAC, OUT, 4002), (A_MAC, A, 80), SYN, 100, 0, b""));
+    net.send(&net.a, &udp((A_MAC, A, 5000), (OUT_MAC, OUT, 53), b"question"));
+    net.a.take();
+    net.out.take();
+    let vm = net.switch.vm(net.vms[0]).unwrap();
+    // Far ahead: the connection went on elsewhere.
+    let from_out = |port, seq, ack| tcp((OUT_MAC, OUT, port), (A_MAC, A, 80), ACK, seq, ack, b"hello");
+    let from_a = |port, seq, ack| tcp((A_MAC, A, 80), (OUT_MAC, OUT, port), ACK, seq, ack, b"hello");
+    const FAR: u32 = 0x3000_0000;
+    let passes = |from_outside: bool, frame: &[u8]| {
+        net.send(if from_outside { &net.out } else { &net.a }, frame);
+        net.a.take().len() + net.out.take().len() == 1
+    };
+    assert!(!passes(true, &from_out(4000, FAR, FAR + 1)), "before");
+    assert!(!passes(false, &from_a(4000, FAR + 1, FAR)), "before");
+    assert_eq!(net.denied(0, Direction::Ingress, "ct_invalid_window"), 1);
+
+    assert_eq!(vm.forget_windows(), 2);
+    assert!(passes(true, &from_out(4000, FAR, FAR + 1)));
+    assert!(passes(false, &from_a(4000, FAR + 1, FAR + 5)));
+    assert!(passes(true, &from_out(4000, FAR + 5, FAR + 6)));
+    // The other direction first.
+    assert!(passes(false, &from_a(4001, FAR + 1, FAR)));
+    assert!(passes(true, &from_out(4001, FAR, FAR + 6)));
+    for port in [4000, 4001] {
+        assert!(!passes(true, &from_out(port, 2 * FAR, FAR + 6)), "strict again");
+        assert!(!passes(false, &from_a(port, 2 * FAR, FAR + 5)), "strict again");
+    }
+    // Nothing that the strict VM would not have let pass before: no connection, no pick-up.
+    assert!(!passes(true, &from_out(4005, FAR, FAR)));
+    let connections = net.connections(0);
+    assert_eq!(connections.len(), 4);
+    assert!(connections.iter().filter(|c| c.key.local_port == 80 && c.assured()).count() == 2);
+}

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 
+use super::migrate_args::{MigrateCommand, PkiCommand};
 use crate::config::{DEFAULT_CONFIG, DEFAULT_SOCKET};
 use crate::firewall::filter::FilterText;
 
@@ -24,8 +25,8 @@ pub struct DaemonArgs {
 
 /// Shows and changes what the virtual switch ferryd does.
 ///
-/// Exit status: 0 done; 1 ferryd refused or failed; 2 wrong usage or invalid configuration; 3 ferryd cannot be reached;
-/// 4 no such port, bridge, queue, VM or group; 5 `stats --check` found counters that do not add up.
+/// Exit status: 0 done; 1 ferryd refused or failed, or a migration, check or audit log was found wanting; 2 wrong usage or invalid configuration; 3 ferryd cannot be reached;
+/// 4 no such port, bridge, queue, VM, group or migration; 5 `stats --check` found counters that do not add up.
 #[derive(Debug, Parser)]
 #[command(name = "ferry", version, propagate_version = true, max_term_width = 110)]
 pub struct Cli {
@@ -79,6 +80,12 @@ pub enum Command {
     /// What the firewall denied.
     #[command(subcommand)]
     Fw(FwCommand),
+    /// Migration of VMs' connections along with the VMs.
+    #[command(subcommand)]
+    Migrate(MigrateCommand),
+    /// Keys and certificates of the hosts between which VMs migrate. Needs no daemon.
+    #[command(subcommand)]
+    Pki(PkiCommand),
     /// Applies what changed in the configuration file, wholly or not at all. Changes made at run time stay where the file did not change.
     Reload {
         /// Drops changes made at run time.

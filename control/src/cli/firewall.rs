@@ -102,7 +102,8 @@ fn packet(line: &DropLine) -> String {
     }
 }
 
-fn ago(ms: u64) -> String {
+/// A time span, rounded.
+pub(super) fn ago(ms: u64) -> String {
     match ms {
         0..60_000 => format!("{}.{}s", ms / 1000, ms % 1000 / 100),
         60_000..3_600_000 => format!("{}min", ms / 60_000),

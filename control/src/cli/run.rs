@@ -12,8 +12,9 @@ use serde_json::{Map, Value, json};
 
 use super::args::*;
 use super::client::{CliError, Client};
+use super::migrate_args::MigrateCommand;
 use super::table::{Table, colours, state};
-use super::{conntrack, firewall, policy};
+use super::{conntrack, firewall, migrate, pki, policy};
 use crate::api::views::{BridgeView, Origin, PmdView, PortView, Status};
 use crate::config::{self, Config, PortKind, VlanConfig, VlanItem, VlanKind, VlanKind as V, schema};
 use crate::core::Outcome;
@@ -78,6 +79,11 @@ fn run(cli: &Cli) -> Result<String> {
         Command::Fw(FwCommand::Drops { vm, limit, watch }) => {
             firewall::drops(&client()?, vm.as_deref(), *limit, *watch, cli.json)
         }
+        Command::Migrate(MigrateCommand::Audit { file, key, config }) => {
+            migrate::audit(file.as_deref(), key, config, cli.json)
+        }
+        Command::Migrate(c) => migrate::run(&client()?, c, cli.json),
+        Command::Pki(c) => pki::run(c, cli.json),
         Command::Reload { discard_runtime, dry_run } => {
             let path = format!("/v1/reload?discard_runtime={discard_runtime}&dry_run={dry_run}");
             outcome(cli, client()?.send(Method::POST, &path, None)?)

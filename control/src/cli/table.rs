@@ -9,9 +9,9 @@ pub fn colours() -> bool {
 /// A state, coloured by what it means.
 pub fn state(text: &str, colours: bool) -> String {
     let code = match text {
-        "up" | "OK" => "32",
-        "waiting" | "connected" | "disabled" => "33",
-        "fault" | "down" | "unknown" => "31",
+        "up" | "OK" | "ok" | "migrated" => "32",
+        "waiting" | "connected" | "disabled" | "warning" | "cancelled" => "33",
+        "fault" | "down" | "unknown" | "failed" | "refused" | "problem" => "31",
         _ => return text.to_owned(),
     };
     if colours { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }

@@ -57,7 +57,12 @@ pub static MIGRATION: Section = plain(
             "",
             "File with this host's certificate, then those between it and the authority (PEM). Its first DNS name is the host's name.",
         ),
-        opt("key", FILE, "", "File with the certificate's private key, not encrypted (PEM, mode 0600)."),
+        opt(
+            "key",
+            FILE,
+            "",
+            "File with the certificate's private key, not encrypted (PEM, mode 0600). An Ed25519 key: the audit log is signed with it, too.",
+        ),
         opt(
             "revocations",
             FILE,
@@ -68,7 +73,7 @@ pub static MIGRATION: Section = plain(
             "audit_log",
             FILE,
             "\"/var/lib/ferry/audit.log\"",
-            "Signed log of every attempt, grant, refusal and outcome. Its directory must exist.",
+            "Signed log of every attempt, grant, refusal and outcome; made with its directory where they are missing.",
         ),
         opt(
             "audit_on_failure",

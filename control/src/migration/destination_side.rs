@@ -431,6 +431,8 @@ impl Outcome {
 
 /// The VM has come without all that the source knew: windows are learned anew, and connections that are missing may be picked up where
 /// policy allows.
-fn be_liberal(_firewall: &VmFirewall, _now_ms: u64) {
-    let _ = PICK_UP_MS;
+fn be_liberal(firewall: &VmFirewall, now_ms: u64) {
+    // First, since it takes no time and what is missing is missing from the first packet on.
+    firewall.pick_up_until(now_ms + PICK_UP_MS);
+    firewall.forget_windows();
 }

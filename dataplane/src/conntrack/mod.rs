@@ -27,6 +27,7 @@ mod generic;
 mod icmp;
 mod key;
 mod map;
+mod pick_up;
 mod portable;
 mod sctp;
 mod table;
@@ -48,6 +49,7 @@ pub use map::{
     ConnHandle, ConnMap, Cursor, DEFAULT_CAPACITY, Dirt, Imported, MAX_CAPACITY, MapError, MapStats, Observer, Removal,
     Tombstone, Uncollected, VERSION_BITS, VERSION_MAX, newer,
 };
+pub use pick_up::PickUp;
 pub use portable::{
     MAX_AGE_MS, MAX_TCP_WINDOW, Portable, PortableError, PortableKey, PortableSctp, PortableSide, PortableState,
     PortableTcp,

@@ -4,6 +4,7 @@ use super::dissect::{Checksum, Dissected, Facts, IcmpError, Malformed, Packet, R
 use super::entry::{Connection, Decision};
 use super::frag::{Accepted, Datagram, FragmentQueue, FragmentRefusal};
 use super::key::{Flow, Toward, Way};
+use super::pick_up::PickUp;
 use super::table::{Change, ConnTable, InsertError, Stored};
 use super::{CtState, Invalid, Step, generic, icmp, sctp, tcp, udp};
 use crate::packet::EtherType;
@@ -85,13 +86,14 @@ pub struct Tracker<T> {
     table: T,
     fragments: FragmentQueue,
     config: TrackConfig,
+    pick_up: PickUp,
     dither: u32,
 }
 
 impl<T: ConnTable> Tracker<T> {
     /// Tracking with an empty fragment memory.
     pub fn new(table: T, config: TrackConfig) -> Self {
-        Self { table, fragments: FragmentQueue::new(), config, dither: 0x9e37_79b9 }
+        Self { table, fragments: FragmentQueue::new(), config, pick_up: PickUp::default(), dither: 0x9e37_79b9 }
     }
 
     /// The table.
@@ -138,7 +140,7 @@ impl<T: ConnTable> Tracker<T> {
             };
         }
         self.dither = next_dither(self.dither);
-        judge(&mut self.table, &self.config, self.dither, &dissected, now_ms)
+        judge(&mut self.table, &self.config, &self.pick_up, self.dither, &dissected, now_ms)
     }
 
     #[cold]
@@ -148,7 +150,7 @@ impl<T: ConnTable> Tracker<T> {
         // Nobody can have vouched for the checksum of what was not yet a packet.
         let whole = Packet::whole(frame, toward, Checksum::Verify);
         let judgement = match dissect(&whole, self.config.checksum) {
-            Ok(dissected) => judge(&mut self.table, &self.config, self.dither, &dissected, now_ms),
+            Ok(dissected) => judge(&mut self.table, &self.config, &self.pick_up, self.dither, &dissected, now_ms),
             Err(refusal) => refused(refusal),
         };
         match judgement {
@@ -214,12 +216,13 @@ pub(crate) fn refused(refusal: Refusal) -> Judgement {
 pub(crate) fn judge<T: ConnTable>(
     table: &mut T,
     config: &TrackConfig,
+    pick_up: &PickUp,
     dither: u32,
     dissected: &Dissected<'_>,
     now_ms: u64,
 ) -> Judgement {
     Judgement::Tracked(match dissected {
-        Dissected::Flow(facts) => follow(table, config, dither, facts, now_ms),
+        Dissected::Flow(facts) => follow(table, config, pick_up, dither, facts, now_ms),
         Dissected::Error(error) => relate(table, error, now_ms),
         Dissected::Untracked(flow) => Tracked {
             state: CtState::Untracked,
@@ -259,14 +262,21 @@ fn apply(conn: &mut Connection, facts: &Facts<'_>, way: Way, fresh: bool, config
     }
 }
 
-fn follow<T: ConnTable>(table: &mut T, config: &TrackConfig, dither: u32, facts: &Facts<'_>, now_ms: u64) -> Tracked {
+fn follow<T: ConnTable>(
+    table: &mut T,
+    config: &TrackConfig,
+    pick_up: &PickUp,
+    dither: u32,
+    facts: &Facts<'_>,
+    now_ms: u64,
+) -> Tracked {
     let flow = facts.flow;
     let mut attempt = 0;
     loop {
         attempt += 1;
         let last = attempt >= ATTEMPTS;
         let Some(mut conn) = table.lookup(&flow.key, now_ms) else {
-            return begin(config, dither, facts, now_ms);
+            return begin(config, pick_up, dither, facts, now_ms);
         };
         let way = conn.way(flow.toward);
         let answered = conn.seen_reply() || way == Way::Reply;
@@ -313,7 +323,7 @@ fn follow<T: ConnTable>(table: &mut T, config: &TrackConfig, dither: u32, facts:
 }
 
 /// A connection's first packet, if it can be one.
-fn begin(config: &TrackConfig, dither: u32, facts: &Facts<'_>, now_ms: u64) -> Tracked {
+fn begin(config: &TrackConfig, pick_up: &PickUp, dither: u32, facts: &Facts<'_>, now_ms: u64) -> Tracked {
     let flow = facts.flow;
     let mut conn = Connection::new(flow.key, flow.toward);
     match apply(&mut conn, facts, Way::Original, true, config, now_ms) {
@@ -321,7 +331,18 @@ fn begin(config: &TrackConfig, dither: u32, facts: &Facts<'_>, now_ms: u64) -> T
             conn.account(Way::Original, facts.ip_len, dither);
             Tracked { fresh: true, ..Tracked::known(CtState::New, flow, Way::Original, conn) }
         }
+        Step::Invalid(Invalid::NoConnection, _)
+            if !config.tcp_loose && matches!(facts.transport, Transport::Tcp(_)) && pick_up.is_on(now_ms) =>
+        {
+            begin_midstream(config, dither, facts, now_ms)
+        }
         Step::Invalid(why, _) => Tracked::invalid(why, Some(flow)),
         Step::Finish | Step::Reopen => Tracked::invalid(Invalid::NoConnection, Some(flow)),
     }
+}
+
+/// As [`begin`], with connections picked up in the middle.
+#[cold]
+fn begin_midstream(config: &TrackConfig, dither: u32, facts: &Facts<'_>, now_ms: u64) -> Tracked {
+    begin(&TrackConfig { tcp_loose: true, ..*config }, &PickUp::default(), dither, facts, now_ms)
 }

@@ -182,7 +182,7 @@ impl Stage {
     fn track(&mut self, end: &End<'_>, dissected: &Dissected<'_>) -> Judgement {
         self.dither = next_dither(self.dither);
         let mut table = end.firewall.vm.table(self.thread);
-        judge(&mut table, &end.rules().track, self.dither, dissected, end.now_ms())
+        judge(&mut table, &end.rules().track, end.firewall.vm.pick_up(), self.dither, dissected, end.now_ms())
     }
 
     /// From what tracking found to what happens.

@@ -245,7 +245,7 @@ impl EndTrace {
                 self.steps.push(EndStep::Fragment);
                 return Ok(());
             }
-            Ok(dissected) => judge(&mut Peek(map), &rules.track, 0, &dissected, now_ms),
+            Ok(dissected) => judge(&mut Peek(map), &rules.track, firewall.vm.pick_up(), 0, &dissected, now_ms),
             Err(refusal) => refused(refusal),
         };
         let tracked = match judgement {

@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::VmId;
 use crate::conntrack::{
-    ConnHandle, ConnMap, Connection, Cursor, Dirt, FragmentQueue, FragmentStats, Imported, Key, MapError, MapStats,
-    Observer, Removal, TrackConfig,
+    Change, ConnHandle, ConnMap, Connection, Cursor, Dirt, FragmentQueue, FragmentStats, Imported, Key, MapError,
+    MapStats, Observer, PickUp, Removal, TrackConfig,
 };
 use crate::firewall::limits::{LimitsConfig, LimitsStatus, VmLimits};
 use crate::firewall::token_bucket::{Rate, TokenBucket};
@@ -66,6 +66,7 @@ pub struct VmFirewall {
     /// Fragments are no fast path; the lock is never waited for without bound.
     fragments: Mutex<FragmentQueue>,
     log_new: AtomicBool,
+    pick_up: PickUp,
     events: TokenBucket,
 }
 
@@ -99,6 +100,7 @@ impl VmFirewall {
             limits: VmLimits::new(&options.effective_limits(), seed[0] ^ seed[1].rotate_left(32)),
             fragments: Mutex::new(FragmentQueue::new()),
             log_new: AtomicBool::new(options.log_new),
+            pick_up: PickUp::default(),
             events: TokenBucket::default(),
         })
     }
@@ -133,6 +135,11 @@ impl VmFirewall {
     #[inline]
     pub fn table(&self, thread: usize) -> ConnHandle<'_> {
         self.map.handle(self, thread)
+    }
+
+    #[inline]
+    pub(crate) fn pick_up(&self) -> &PickUp {
+        &self.pick_up
     }
 
     #[inline]
@@ -179,6 +186,35 @@ impl VmFirewall {
         };
         while self.map.flush(&mut cursor, FLUSH_STEP, self, &mut condition) {}
         gone
+    }
+
+    /// Until the packet path's clock shows `until_ms`, milliseconds, TCP connections are picked up in the middle as with
+    /// [`TrackConfig::tcp_loose`], wherever the policy allows the packet to open a connection and the limits have room. Afterwards
+    /// this VM's own settings hold again; what was picked up goes on. A time that has passed, such as 0, ends it at once. It stays
+    /// with the VM when its settings change, not when another table takes the place of this one.
+    pub fn pick_up_until(&self, until_ms: u64) {
+        self.pick_up.set_until(until_ms);
+    }
+
+    /// Forgets the windows of all TCP connections that are past their handshake: each side's begins anew with its next packet, as if
+    /// picked up in the middle, while states, scales and the policy's decisions stay ([`Connection::forget_windows`]). For a table
+    /// whose connections went on elsewhere unseen. Packets may use the table meanwhile; before each connection's turn they are judged
+    /// by the old windows. Returns how many had windows. For the control side: walks
+    /// the whole table.
+    pub fn forget_windows(&self) -> u64 {
+        let mut cursor = Cursor::default();
+        let mut forgotten = 0;
+        let mut forget = |connection: &mut Connection| match connection.forget_windows() {
+            true => Change::Bookkeeping,
+            false => Change::None,
+        };
+        loop {
+            let (changed, more) = self.map.amend(&mut cursor, FLUSH_STEP, &mut forget);
+            forgotten += changed as u64;
+            if !more {
+                return forgotten;
+            }
+        }
     }
 
     /// Takes over the connections of another VM's table, step by step while traffic changes them.

@@ -270,6 +270,7 @@ impl<K: Kinds> Switch<K> {
         let moves = !Arc::ptr_eq(&old, &firewall);
         let now_ms = self.clock.now_ns() / 1_000_000;
         if moves {
+            firewall.pick_up_until(old.pick_up().until_ms());
             old.map().set_tracking(true);
             // From here on every thread notes what it changes.
             self.domain.synchronize();

@@ -163,7 +163,7 @@ impl Authority {
         let _lock = files::lock_directory(&self.directory)?;
         let path = self.host(&host);
         if path.exists() {
-            return Err(PkiError::Exists { path, remedy: format!("run: ferry pki rotate {host}") });
+            return Err(PkiError::Exists { path, remedy: format!("run: {}", self.rotate_command(Some(&host))) });
         }
         self.make_host(&host, addresses, days, now_s)
     }
@@ -250,7 +250,7 @@ impl Authority {
     /// When a file cannot be read or is open to others.
     pub fn show(&self, now_s: i64) -> Result<Vec<Shown>, PkiError> {
         let current = Generation::load(&self.ca())?;
-        let mut all = vec![shown(self.ca(), Role::Authority, current.info.clone(), now_s, "ferry pki rotate")];
+        let mut all = vec![shown(self.ca(), Role::Authority, current.info.clone(), now_s, &self.rotate_command(None))];
         if let Some(previous) = self.previous()? {
             let mut line = shown(self.previous_path(), Role::PreviousAuthority, previous.info, now_s, "");
             line.advice =
@@ -270,7 +270,7 @@ impl Authority {
         for host in hosts {
             let certificate = self.load_host(&host)?;
             let old = certificate.issuer_der != current.info.subject_der;
-            let command = format!("ferry pki rotate {host}");
+            let command = self.rotate_command(Some(&host));
             let mut line = shown(self.host(&host), Role::Host, certificate, now_s, &command);
             if old && line.advice.is_none() {
                 line.advice = Some(format!("signed by the previous authority: run {command}"));
@@ -293,6 +293,12 @@ impl Authority {
     /// `hosts/HOST.pem`: a host's key and certificate.
     pub fn host(&self, host: &str) -> PathBuf {
         self.hosts().join(format!("{host}.pem"))
+    }
+
+    /// The command that renews a host's certificate, or the authority.
+    fn rotate_command(&self, host: Option<&str>) -> String {
+        let host = host.map(|host| format!(" --host {host}")).unwrap_or_default();
+        format!("ferry pki rotate {}{host}", self.directory.display())
     }
 
     fn ca(&self) -> PathBuf {
@@ -331,7 +337,8 @@ impl Authority {
 
     fn load_host(&self, host: &str) -> Result<CertificateInfo, PkiError> {
         let path = self.host(host);
-        let text = files::read(&path, Secrecy::Private, &format!("run: ferry pki issue {host}"))?;
+        let text =
+            files::read(&path, Secrecy::Private, &format!("run: ferry pki issue {} {host}", self.directory.display()))?;
         let der = pem::certificates(&path, &text)?.swap_remove(0);
         CertificateInfo::from_der(&der).map_err(|problem| PkiError::content(&path, problem))
     }
@@ -343,7 +350,7 @@ impl Authority {
                 path: self.ca(),
                 subject: ca.info.subject,
                 problem,
-                remedy: "run: ferry pki rotate".into(),
+                remedy: format!("run: {}", self.rotate_command(None)),
             });
         }
         self.refresh_trust(&ca, now_s)?;
@@ -425,7 +432,7 @@ fn trust_text(current: &Generation, previous: Option<&Generation>) -> String {
     pem::block("CERTIFICATE", &current.der) + &previous
 }
 
-const INIT: &str = "run: ferry pki init";
+const INIT: &str = "run: ferry pki init DIR";
 
 impl Generation {
     fn new(common_name: &str, now_s: i64, days: u32) -> Result<Self, PkiError> {

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use ring::digest;
 use serde::Serialize;
+use x509_parser::oid_registry::OID_SIG_ED25519;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use crate::text::hex;
@@ -34,6 +35,8 @@ pub struct CertificateInfo {
     pub not_after_s: i64,
     /// SHA-256 of the whole certificate, hexadecimal.
     pub fingerprint: String,
+    /// Its public key, if that is an Ed25519 key, hexadecimal: what the host's audit log is verified with.
+    pub ed25519_public: Option<String>,
     /// Issuer's name as it is encoded: what revocations are matched with.
     #[serde(skip)]
     pub(crate) issuer_der: Vec<u8>,
@@ -66,6 +69,7 @@ impl CertificateInfo {
                 }
             }
         }
+        let public = certificate.public_key();
         Ok(Self {
             subject: certificate.subject().to_string(),
             issuer: certificate.issuer().to_string(),
@@ -76,6 +80,8 @@ impl CertificateInfo {
             not_before_s: certificate.validity().not_before.timestamp(),
             not_after_s: certificate.validity().not_after.timestamp(),
             fingerprint: hex(digest::digest(&digest::SHA256, der).as_ref()),
+            ed25519_public: (public.algorithm.algorithm == OID_SIG_ED25519)
+                .then(|| hex(public.subject_public_key.data.as_ref())),
             issuer_der: certificate.issuer().as_raw().to_vec(),
             subject_der: certificate.subject().as_raw().to_vec(),
         })

@@ -90,7 +90,7 @@ impl Credentials {
                 path: files.trust.clone(),
                 subject: info.subject.clone(),
                 problem,
-                remedy: "make a new generation (ferry pki rotate) and copy its trust.pem here".into(),
+                remedy: "make a new generation (ferry pki rotate DIR) and copy its trust.pem here".into(),
             });
         }
 
@@ -109,7 +109,7 @@ impl Credentials {
                 path: files.certificate.clone(),
                 subject: info.subject,
                 problem,
-                remedy: "renew it (ferry pki rotate HOST) or correct the clock".into(),
+                remedy: "renew it (ferry pki rotate DIR --host HOST) or correct the clock".into(),
             });
         }
         let host = host_identity(&info).map_err(|problem| PkiError::content(&files.certificate, problem))?;

@@ -22,3 +22,16 @@ pub(crate) use credentials::host_identity;
 pub use credentials::{CredentialFiles, Credentials};
 pub use error::PkiError;
 pub use files::MAX_FILE_BYTES;
+
+/// The certificates in a file in PEM form, at least one.
+///
+/// # Errors
+/// When it cannot be read, others than its owner may write it, or it holds no certificate.
+pub fn read_certificates(path: &std::path::Path) -> Result<Vec<CertificateInfo>, PkiError> {
+    let text = files::read(path, files::Secrecy::Public, "name a file with a certificate")?;
+    let certificates = pem::certificates(path, &text)?;
+    let info = |der: rustls::pki_types::CertificateDer<'_>| {
+        CertificateInfo::from_der(&der).map_err(|problem| PkiError::content(path, problem))
+    };
+    certificates.into_iter().map(info).collect()
+}

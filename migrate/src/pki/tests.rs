@@ -14,6 +14,11 @@ fn authority(dir: &Path) -> Authority {
     Authority::init(&dir.join("pki"), "Ferry", CA_DAYS, NOW_S).unwrap().0
 }
 
+/// The command that renews a host's certificate, as an operator can paste it.
+fn rotate(dir: &Path, host: &str) -> String {
+    format!("ferry pki rotate {} --host {host}", dir.join("pki").display())
+}
+
 /// A host's files as an operator would copy them.
 fn install(authority: &Authority, host: &str, to: &Path) -> CredentialFiles {
     fs::create_dir_all(to).unwrap();
@@ -40,13 +45,15 @@ fn init_and_issue_make_what_a_host_can_load() {
     let credentials = Credentials::load(&files, NOW_S).unwrap();
     assert_eq!(credentials.host(), "host-a.example");
     assert!(credentials.audit_key().is_some());
+    let key = crate::text::hex(&credentials.audit_public_key().unwrap());
+    assert_eq!(read_certificates(&files.certificate).unwrap()[0].ed25519_public, Some(key));
     assert!(!format!("{credentials:?}").contains("key"));
     let shown = authority.show(NOW_S).unwrap();
     assert_eq!(shown.iter().map(|s| s.role).collect::<Vec<_>>(), [Role::Authority, Role::Host]);
     assert_eq!(shown[1].days_left, i64::from(HOST_DAYS));
     assert_eq!(shown[1].advice, None);
     let late = authority.show(NOW_S + i64::from(HOST_DAYS - 3) * DAY_S).unwrap();
-    assert_eq!(late[1].advice.as_deref(), Some("expires in 3 days: run ferry pki rotate host-a.example"));
+    assert_eq!(late[1].advice, Some(format!("expires in 3 days: run {}", rotate(dir.path(), "host-a.example"))));
 }
 
 #[test]
@@ -56,7 +63,7 @@ fn commands_refuse_what_would_lose_or_confuse_keys() {
     assert!(matches!(Authority::init(&dir.path().join("pki"), "Ferry", 1, NOW_S), Err(PkiError::Exists { .. })));
     authority.issue("a", &[], HOST_DAYS, NOW_S).unwrap();
     let error = authority.issue("a", &[], HOST_DAYS, NOW_S).unwrap_err().to_string();
-    assert!(error.contains("ferry pki rotate a"), "{error}");
+    assert!(error.contains(&rotate(dir.path(), "a")), "{error}");
     assert!(matches!(authority.rotate_host("b", 1, 1, NOW_S), Err(PkiError::Missing { .. })));
     assert!(matches!(authority.revoke("b", NOW_S), Err(PkiError::Missing { .. })));
     assert!(matches!(authority.issue("c", &[], 0, NOW_S), Err(PkiError::Argument(_))));
@@ -120,7 +127,7 @@ fn a_new_generation_of_the_authority_and_the_old_one_are_trusted_together_until_
     Credentials::load(&files, NOW_S).unwrap();
     let advice =
         authority.show(NOW_S).unwrap().into_iter().find_map(|s| (s.role == Role::Host).then_some(s.advice)).unwrap();
-    assert!(advice.unwrap().contains("ferry pki rotate a"));
+    assert!(advice.unwrap().contains(&rotate(dir.path(), "a")));
     // After the overlap the old certificate is worth nothing though its own time runs on.
     let after = NOW_S + 7 * DAY_S + 1;
     let error = Credentials::load(&files, after).unwrap_err().to_string();

@@ -653,6 +653,41 @@ impl ConnMap {
         })
     }
 
+    /// Shows the entries among the next `budget` slots to `f`, which may change all but their keys and says how much it changed. Returns
+    /// how many were changed, and true when there is more, as in [`Self::walk`]. An entry that changes in the moment is shown
+    /// again as it is then, and may stay as it is if it changes all the time.
+    pub fn amend(
+        &self,
+        cursor: &mut Cursor,
+        budget: usize,
+        f: &mut dyn FnMut(&mut Connection) -> Change,
+    ) -> (usize, bool) {
+        let mut changed = 0;
+        let more = self.pass(cursor, budget, |number, _, connection| {
+            let mut connection = *connection;
+            for _ in 0..ROUNDS {
+                let change = f(&mut connection);
+                if change == Change::None {
+                    return;
+                }
+                match self.update_at(number, &connection, change) {
+                    Some(Stored::Done) => {
+                        changed += 1;
+                        return;
+                    }
+                    Some(Stored::Stale) => {}
+                    // The slot has been given to another, which is shown if it comes to the key's own.
+                    None => return,
+                }
+                match self.get(&connection.key) {
+                    Some(now) => connection = now,
+                    None => return,
+                }
+            }
+        });
+        (changed, more)
+    }
+
     // ---- migration
 
     /// Switches the tracking of changes on, forgetting what was tracked before, or off.

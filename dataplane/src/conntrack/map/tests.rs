@@ -282,6 +282,84 @@ fn flushing_takes_what_it_is_told_to() {
     assert_eq!((map.len(), map.stats().flushed, diary.take().len()), (49, 51, 1));
 }
 
+#[test]
+fn amending_changes_what_it_is_told_to_in_steps() {
+    let map = map(1000);
+    let mut h = map.handle(&(), 0);
+    for n in 0..100 {
+        h.insert(&sample(n), 0).unwrap();
+    }
+    let copy = map.get(&sample(1).key).unwrap();
+    map.set_tracking(true);
+    let amend = |change: Change| {
+        let (mut cursor, mut changed) = (Cursor::default(), 0);
+        loop {
+            let (some, more) = map.amend(&mut cursor, 13, &mut |c| match c.key.remote_port % 2 {
+                1 => {
+                    c.policy_generation = 77;
+                    change
+                }
+                _ => Change::None,
+            });
+            changed += some;
+            if !more {
+                return changed;
+            }
+        }
+    };
+    assert_eq!(amend(Change::None), 0);
+    assert_eq!(amend(Change::Bookkeeping), 50);
+    assert_eq!(map.uncollected(), Uncollected { lagging: 50, ..Uncollected::default() });
+    assert!(all(&map).iter().all(|c| (c.policy_generation == 77) == (c.key.remote_port % 2 == 1)));
+    assert_eq!(h.update(&copy, Change::Semantic), Stored::Stale, "an older copy changes nothing");
+    assert!(newer(map.get(&copy.key).unwrap().version, copy.version));
+}
+
+#[test]
+fn amending_loses_no_change_that_threads_make_meanwhile() {
+    const ENTRIES: u32 = 200;
+    const TOUCHES: u32 = 20_000;
+    let map = map(1000);
+    for n in 0..ENTRIES {
+        map.handle(&(), 0).insert(&sample(n), 0).unwrap();
+    }
+    let before: BTreeMap<Key, u32> = all(&map).iter().map(|c| (c.key, c.policy_generation)).collect();
+    let touched = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..2u32)
+            .map(|thread| {
+                let map = &map;
+                scope.spawn(move || {
+                    let mut h = map.handle(&(), thread as usize);
+                    let mut done = 0;
+                    for i in 0..TOUCHES {
+                        let Some(mut c) = h.lookup(&sample((i * 7 + thread) % ENTRIES).key, 0) else { continue };
+                        c.policy_generation += 2;
+                        done += u32::from(h.update(&c, Change::Semantic) == Stored::Done);
+                    }
+                    done
+                })
+            })
+            .collect();
+        // Each pass sets and takes back the lowest bit.
+        for bit in [1, 0] {
+            let mut cursor = Cursor::default();
+            while map
+                .amend(&mut cursor, 17, &mut |c| {
+                    if c.policy_generation & 1 == bit {
+                        return Change::None;
+                    }
+                    c.policy_generation ^= 1;
+                    Change::Bookkeeping
+                })
+                .1
+            {}
+        }
+        threads.into_iter().map(|t| t.join().unwrap()).sum::<u32>()
+    });
+    let grown: u32 = all(&map).iter().map(|c| (c.policy_generation & !1) - (before[&c.key] & !1)).sum();
+    assert_eq!(grown, touched * 2);
+}
+
 fn collect(map: &ConnMap, cursor: &mut Cursor) -> (Vec<Connection>, Vec<Tombstone>, u32) {
     let (mut changed, mut deleted, mut overflows) = (Vec::new(), Vec::new(), 0);
     loop {
