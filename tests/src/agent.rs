@@ -63,7 +63,21 @@ impl Pending {
         }
     }
 
-    /// Whether the command is still running; an answer that has come is kept.
+    /// Waits for the end of [`Agent::start_counting_alive`].
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn wait_alive(self) -> Result<(u32, u32)> {
+        match self.wait(Duration::from_secs(180))? {
+            Reply::Connections { ok, failed, .. } => Ok((ok, failed)),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// Waits for the end of a transfer.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
     pub fn wait_transfer(self, timeout: Duration) -> Result<TransferReport> {
         match self.wait(timeout)? {
             Reply::Transfer(r) => Ok(r),
@@ -310,12 +324,16 @@ impl Agent {
     /// # Errors
     /// When the agent does not answer.
     pub fn count_alive(&self, handle: u64, timeout: Duration) -> Result<(u32, u32)> {
+        self.start_counting_alive(handle, timeout)?.wait_alive()
+    }
+
+    /// Begins what [`Self::count_alive`] does.
+    ///
+    /// # Errors
+    /// When the agent is gone.
+    pub fn start_counting_alive(&self, handle: u64, timeout: Duration) -> Result<Pending> {
         let timeout_ms = timeout.as_millis() as u64;
-        let command = Command::ConnectionsExercise { handle, payload_bytes: 64, timeout_ms };
-        match self.call(command, Duration::from_secs(180))? {
-            Reply::Connections { ok, failed, .. } => Ok((ok, failed)),
-            other => bail!("unexpected answer {other:?}"),
-        }
+        self.start(Command::ConnectionsExercise { handle, payload_bytes: 64, timeout_ms })
     }
 
     /// Closes kept connections.

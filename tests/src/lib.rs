@@ -2,10 +2,12 @@
 //! the switch itself as a child process. Everything that a test starts ends with it, also when it panics or is killed.
 pub mod agent;
 pub mod captures;
+pub mod enter;
 pub mod failure;
 pub mod ferryd;
 pub mod frames;
 pub mod guest;
+pub mod hostile_peer;
 pub mod live;
 pub mod netns;
 pub mod paths;

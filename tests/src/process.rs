@@ -142,6 +142,17 @@ impl Process {
         crate::wait::for_some(&format!("end of {}", self.name), timeout, || self.ended())
     }
 
+    /// Size of its address space, bytes.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn address_space(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find_map(|l| l.strip_prefix("VmSize:")).context("no VmSize")?;
+        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().context("VmSize")?;
+        Ok(kib * 1024)
+    }
+
     /// Processor time (user and system) used so far by all its threads.
     ///
     /// # Errors

@@ -23,7 +23,7 @@ fn ten_thousand_connections_survive_with_flow_state_and_hang_without() -> Outcom
     let (subject, with) = experiment::run(&mut hosts, &scratch, subject, &load, &mut |_| {})?;
     eprintln!("with: {with:?}");
     assert_eq!((with.connections_before, with.connections_after), (MANY, MANY));
-    assert!(with.more.counter_runs && with.more.stream_intact, "{with:?}");
+    assert!(with.more.counter_runs && with.more.stream_intact && with.more.used_alive, "{with:?}");
     assert!(with.more.memory_rounds >= u64::from(load.rounds), "{with:?}");
     let (source, destination) = (&with.more.source, &with.more.destination);
     assert_eq!((source.outcome.as_str(), source.role.as_str()), ("migrated", "source"), "{source:?}");

@@ -15,7 +15,7 @@ fn all_arrive(plan: Plan, family: Family) -> Outcome {
     let (_, report) = experiment::run(&mut hosts, &scratch, subject, &load, &mut |_| {})?;
     eprintln!("{report:?}");
     assert_eq!((report.connections_before, report.connections_after), (SOME, SOME));
-    assert!(report.more.counter_runs && report.more.stream_intact, "{report:?}");
+    assert!(report.more.counter_runs && report.more.stream_intact && report.more.used_alive, "{report:?}");
     assert_eq!(report.more.destination.began.as_deref(), Some("complete"), "{report:?}");
     Ok(())
 }

@@ -4,7 +4,7 @@ use ferry_guest::stream::Stream;
 use std::collections::HashMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,11 +20,12 @@ struct Kept {
     exercises: u64,
 }
 
-type Handles = HashMap<u64, Vec<Kept>>;
+/// Each handle's connections have a lock of their own: exercising many takes a while.
+type Handles = HashMap<u64, Arc<Mutex<Vec<Kept>>>>;
 static CONNECTIONS: LazyLock<Mutex<Handles>> = LazyLock::new(Mutex::default);
 
-fn all() -> MutexGuard<'static, Handles> {
-    CONNECTIONS.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Opens and keeps connections.
@@ -45,14 +46,14 @@ pub fn open(to: SocketAddr, count: u32, timeout: Duration) -> Result<u64, String
     });
     let kept = opened?.into_iter().flatten().map(|socket| Kept { socket, owed: Vec::new(), exercises: 0 }).collect();
     let handle = crate::workload::new_handle();
-    all().insert(handle, kept);
+    lock(&CONNECTIONS).insert(handle, Arc::new(Mutex::new(kept)));
     Ok(handle)
 }
 
 /// Echoes a payload over every connection. `timeout` is that of a whole window of connections.
 pub fn exercise(handle: u64, payload_bytes: usize, timeout: Duration) -> Result<Reply, String> {
-    let mut all = all();
-    let kept = all.get_mut(&handle).ok_or("no such connections")?;
+    let kept = lock(&CONNECTIONS).get(&handle).cloned().ok_or("no such connections")?;
+    let mut kept = lock(&kept);
     let (mut ok, mut failed, mut error) = (0, 0, None);
     let (mut done, mut window) = (0, WINDOW);
     while done < kept.len() {
@@ -80,7 +81,7 @@ pub fn exercise(handle: u64, payload_bytes: usize, timeout: Duration) -> Result<
 
 /// Closes kept connections.
 pub fn close(handle: u64) -> Result<(), String> {
-    all().remove(&handle).map(drop).ok_or_else(|| "no such connections".into())
+    lock(&CONNECTIONS).remove(&handle).map(drop).ok_or_else(|| "no such connections".into())
 }
 
 impl Kept {

@@ -5,11 +5,12 @@ use crate::scratch::Scratch;
 use anyhow::{Context, Result};
 use ferry_migrate::pki::Authority;
 use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// TCP port on which both hosts listen.
-pub const PORT: u16 = 9478;
+const PORT: u16 = 9478;
 
 /// Certificates and the link.
 pub struct Channel {
@@ -27,11 +28,12 @@ pub fn host_name(side: Side) -> &'static str {
 }
 
 /// Where a host listens.
-pub fn address(side: Side) -> &'static str {
-    match side {
-        Side::A => "192.0.2.1",
-        Side::B => "192.0.2.2",
-    }
+pub fn listener(side: Side) -> SocketAddr {
+    let address = match side {
+        Side::A => Ipv4Addr::new(192, 0, 2, 1),
+        Side::B => Ipv4Addr::new(192, 0, 2, 2),
+    };
+    (address, PORT).into()
 }
 
 /// Makes an authority in `authority` and, for each of `hosts`, a directory with what this host needs of it, as an operator would
@@ -65,8 +67,8 @@ impl Channel {
         let (a, b) = (directory(Side::A), directory(Side::B));
         issue(&scratch.join("authority"), &[(host_name(Side::A), a.clone()), (host_name(Side::B), b.clone())])?;
         home_a.veth("mgmt0", home_b, "mgmt0")?;
-        home_a.configure("mgmt0", &[&format!("{}/24", address(Side::A))], None)?;
-        home_b.configure("mgmt0", &[&format!("{}/24", address(Side::B))], None)?;
+        home_a.configure("mgmt0", &[&format!("{}/24", listener(Side::A).ip())], None)?;
+        home_b.configure("mgmt0", &[&format!("{}/24", listener(Side::B).ip())], None)?;
         Ok(Self { a, b, home_a: home_a.name().into() })
     }
 
@@ -87,15 +89,15 @@ impl Channel {
     pub(super) fn section(&self, side: Side, enabled: bool, keys: &str) -> String {
         let peer = side.other();
         format!(
-            "[migration]\nenabled = {enabled}\nhost = \"{}\"\nlisten = \"{}:{PORT}\"\npki = {:?}\naudit_log = {:?}\n{keys}\n\
-             [[migration.peer]]\nhost = \"{}\"\naddress = \"{}:{PORT}\"\n\
+            "[migration]\nenabled = {enabled}\nhost = \"{}\"\nlisten = \"{}\"\npki = {:?}\naudit_log = {:?}\n{keys}\n\
+             [[migration.peer]]\nhost = \"{}\"\naddress = \"{}\"\n\
              [[migration.rule]]\nname = \"both ways\"\nvm = \"{VM}\"\npeer = \"{}\"\nroles = [\"send\", \"receive\"]\n",
             host_name(side),
-            address(side),
+            listener(side),
             self.pki(side).display().to_string(),
             self.audit_log(side).display().to_string(),
             host_name(peer),
-            address(peer),
+            listener(peer),
             host_name(peer),
         )
     }

@@ -5,7 +5,7 @@ use super::status::{Asker, FlowStatus, now_ms};
 use super::{
     DENIED_PORT, HOLD_PORT, Side, TwoHosts, VM, guest_address, guest_address6, peer_address, peer_address6, policy,
 };
-use crate::agent::{Agent, verify};
+use crate::agent::{Agent, Pending, verify};
 use crate::qemu::Guest;
 use crate::scratch::Scratch;
 use anyhow::{Result, bail, ensure};
@@ -206,6 +206,8 @@ pub struct Details {
     pub memory_rounds: u64,
     /// Longest silence of datagrams echoed by the guest, milliseconds: that of the migration itself, whatever becomes of connections.
     pub probe_gap_ms: u64,
+    /// Those connections that were used while the rounds ran all worked; without flow migration they may have been caught by its end.
+    pub used_alive: bool,
     /// The counter still runs.
     pub counter_runs: bool,
     /// The stream arrived as it was sent; false: it hung.
@@ -283,12 +285,17 @@ pub fn run(
     let mut moving = hosts.begin(scratch, guest, at.other(), load.pace)?;
     observe(Step::Begun);
 
+    // Connections are used, so that there are changes to send.
+    let used = connections.from_peer.first().map(|h| hosts.peer.start_counting_alive(*h, ALIVE)).transpose()?;
+
     // The first round copies all memory; what arrives after it must be copied again.
     moving.wait_rounds(2)?;
     let held = write_payload(hosts, address)?;
     observe(Step::Written);
+    // Both hosts' rules change, as when a controller takes a rule from a group; the connection has been copied by now.
     hosts.change_policy(at, &policy(false))?;
     check_hangs(hosts, revocable)?;
+    hosts.change_policy(at.other(), &policy(false))?;
     observe(Step::Revoked);
     ensure!(moving.active()?, "the rounds were over too early");
     wait_rounds(&mut moving, load.rounds)?;
@@ -300,6 +307,7 @@ pub fn run(
     hosts.wait_up(arrived).map_err(|e| guest.explain(e))?;
 
     check_held(&mut guest, held)?;
+    let used_alive = used.map(Pending::wait_alive).transpose()?.is_none_or(|(_, failed)| failed == 0);
     let before = hosts.peer.ticks(ticks, false)?;
     thread::sleep(OBSERVED);
     let after = hosts.peer.ticks(ticks, true)?;
@@ -318,6 +326,7 @@ pub fn run(
     }
     // The next migration finds the same policy.
     hosts.change_policy(at, &policy(true))?;
+    hosts.change_policy(arrived, &policy(true))?;
 
     let (source, destination) = if lives {
         (Asker::new(hosts.host(at)).ended(VM, since_ms)?, Asker::new(hosts.host(arrived)).ended(VM, since_ms)?)
@@ -334,6 +343,7 @@ pub fn run(
         connections_after,
         more: Details {
             memory_rounds: rounds,
+            used_alive,
             probe_gap_ms,
             counter_runs: after.error.is_none() && after.received > before.received,
             stream_intact,

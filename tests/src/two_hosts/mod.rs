@@ -11,10 +11,12 @@
 //! - [`Plan`], [`TwoHosts`]: what is built. [`channel`]: certificates and configuration of flow migration.
 //! - [`moving`]: QEMU's live migration, step by step.
 //! - [`status`]: what the switches say of it.
+//! - [`session`]: one guest, many attempts, and what must hold after each.
 //! - [`experiment`]: the whole, measured: connections, load, payload, policy, and what became of them.
 pub mod channel;
 pub mod experiment;
 pub mod moving;
+pub mod session;
 pub mod status;
 
 use crate::ferryd::{Ferryd, FerrydBuilder, Port};
@@ -293,6 +295,22 @@ impl TwoHosts {
         let host = self.host(side);
         let sections = self.plan.sections(policy, side, self.channel.as_ref(), &host.monitor);
         self.host_mut(side).ferryd.change_sections(&sections)
+    }
+
+    /// Takes the link down over which connections migrate.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn cut_channel(&self) -> Result<()> {
+        self.channel.as_ref().context("no channel")?.cut()
+    }
+
+    /// Brings it up again.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn mend_channel(&self) -> Result<()> {
+        self.channel.as_ref().context("no channel")?.mend()
     }
 
     /// Switches the migration of connections on or off on both nodes, at run time. It is on from the beginning if the plan says so.

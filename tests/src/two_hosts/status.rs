@@ -3,6 +3,7 @@ use super::Host;
 use crate::wait;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
+use serde_json::Value;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -102,6 +103,17 @@ impl Asker {
     pub fn flow(&self, vm: &str) -> Result<Option<FlowStatus>> {
         let text = self.get(&format!("/migrations/{vm}"))?;
         text.map(|t| serde_json::from_str(&t).with_context(|| t)).transpose()
+    }
+
+    /// How many connections from other hosts the listener has refused, for whatever reason.
+    ///
+    /// # Errors
+    /// When the switch does not answer.
+    pub fn refused(&self) -> Result<u64> {
+        let text = self.get("/migration")?.context("no migrations")?;
+        let host: Value = serde_json::from_str(&text)?;
+        let reasons = host["refused"].as_array().with_context(|| text.clone())?;
+        Ok(reasons.iter().filter_map(|reason| reason[1].as_u64()).sum())
     }
 
     /// Waits until the VM's migration that began at `since_ms` (milliseconds since 1970) or later fulfils a condition.
