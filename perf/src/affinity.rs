@@ -4,9 +4,6 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use std::fs;
 
-/// Niceness of what is measured: the rest of a busy machine shall not be in the figures.
-pub const NICE: i32 = -20;
-
 /// Pins the calling thread to a core.
 ///
 /// # Errors
@@ -22,27 +19,29 @@ pub fn own_id() -> u32 {
     nix::unistd::gettid().as_raw().unsigned_abs()
 }
 
-/// Sets a thread's niceness; needs root for negative values.
-///
-/// # Errors
-/// When that is refused.
-#[allow(unsafe_code)] // One system call that nix does not wrap.
-pub fn set_nice(thread: u32, nice: i32) -> Result<()> {
-    // SAFETY: takes numbers only.
-    let status = unsafe { libc::setpriority(libc::PRIO_PROCESS, thread, nice) };
-    if status != 0 {
-        return Err(std::io::Error::last_os_error()).context("setpriority");
-    }
-    Ok(())
+/// How urgent a thread is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Urgency {
+    /// As everything else.
+    Ordinary,
+    /// Before everything ordinary: what is measured. The kernel gives the rest 50 ms of each second all the same.
+    Measured,
+    /// Before what is measured: the probe.
+    Probe,
 }
 
-/// Makes the calling thread run before everything of ordinary priority; without root it stays as it is.
+/// Sets how urgent a thread is (0: the calling one). Needs root; without it the figures are noisier, no more, so a refusal
+/// is no error. What such a thread starts is ordinary again.
 #[allow(unsafe_code)] // One system call that nix does not wrap.
-pub fn real_time(on: bool) {
-    let parameter = libc::sched_param { sched_priority: if on { 10 } else { 0 } };
-    let policy = if on { libc::SCHED_FIFO } else { libc::SCHED_OTHER };
+pub fn set_urgency(thread: u32, urgency: Urgency) {
+    let (policy, priority) = match urgency {
+        Urgency::Ordinary => (libc::SCHED_OTHER, 0),
+        Urgency::Measured => (libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, 1),
+        Urgency::Probe => (libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, 10),
+    };
+    let parameter = libc::sched_param { sched_priority: priority };
     // SAFETY: the parameter lives during the call.
-    unsafe { libc::sched_setscheduler(0, policy, &raw const parameter) };
+    unsafe { libc::sched_setscheduler(thread.cast_signed(), policy, &raw const parameter) };
 }
 
 /// Threads of a process that may run on exactly this core.
@@ -93,33 +92,6 @@ impl SchedStat {
         Self {
             ran_ns: self.ran_ns.saturating_sub(before.ran_ns),
             waited_ns: self.waited_ns.saturating_sub(before.waited_ns),
-        }
-    }
-}
-
-/// The scheduler's group of this session, in front of all others while this lives: with autogroups a thread's niceness
-/// counts only inside its group. Put back on drop.
-#[derive(Debug)]
-pub struct GroupPriority {
-    before: Option<String>,
-}
-
-const AUTOGROUP: &str = "/proc/self/autogroup";
-
-impl GroupPriority {
-    /// Raises it as far as it goes. Without root, or without autogroups, nothing changes.
-    pub fn raise() -> Self {
-        let text = fs::read_to_string(AUTOGROUP).unwrap_or_default();
-        let before = text.split_whitespace().last().map(str::to_owned);
-        let raised = before.filter(|_| fs::write(AUTOGROUP, NICE.to_string()).is_ok());
-        Self { before: raised }
-    }
-}
-
-impl Drop for GroupPriority {
-    fn drop(&mut self) {
-        if let Some(before) = &self.before {
-            let _ = fs::write(AUTOGROUP, before);
         }
     }
 }

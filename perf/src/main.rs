@@ -1,7 +1,6 @@
 //! `ferry-perf`: the command line of the benchmark suite.
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use ferry_perf::affinity::GroupPriority;
 use ferry_perf::hugepages::HugePages;
 use ferry_perf::regime::Environment;
 use ferry_perf::results::{self, Run};
@@ -63,7 +62,6 @@ fn main() -> ExitCode {
 }
 
 fn measure(plan: Plan, workloads: &[Workload]) -> Result<Run> {
-    let _priority = GroupPriority::raise();
     let _pages = HugePages::reserve(HUGE_PAGES)?;
     let environment = Environment::probe(plan.generator_core, plan.switch_core, Vec::new())?;
     let mut bench = Bench::new(plan)?;
@@ -80,12 +78,13 @@ fn measure(plan: Plan, workloads: &[Workload]) -> Result<Run> {
                 .iter()
                 .map(|w| {
                     format!(
-                        "{:.2}{}({:.0}ns,{:.1}%,{:.1}%)",
+                        "{:.2}{}({:.0}ns,{}/{},idle {:.1}%)",
                         w.mpps,
                         if w.valid() { "" } else { "!" },
                         w.round_trip_ns[0],
-                        w.switch_waited * 100.0,
-                        w.generator_waited * 100.0
+                        w.undisturbed,
+                        w.slices,
+                        w.generator_idle * 100.0
                     )
                 })
                 .collect();

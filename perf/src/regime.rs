@@ -4,7 +4,7 @@
 //! takes 50 to 150 ns when they are near, more than 300 ns when they are far, and everything that passes packets from core
 //! to core changes with it by a factor of two to three. So each timed window carries what was probed before and after
 //! it, and only windows of the same placement are compared.
-use crate::affinity;
+use crate::affinity::{self, Urgency};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,7 +47,7 @@ pub fn round_trip_ns(a: usize, b: usize) -> Result<f64> {
     std::thread::scope(|s| {
         let echo = s.spawn(|| -> Result<()> {
             affinity::pin_self(b)?;
-            affinity::real_time(true);
+            affinity::set_urgency(0, Urgency::Probe);
             let mut seen = 0;
             while stop.0.load(Ordering::Relaxed) == 0 {
                 let now = ping.0.load(Ordering::Acquire);
@@ -61,7 +61,7 @@ pub fn round_trip_ns(a: usize, b: usize) -> Result<f64> {
         });
         let measure = s.spawn(|| -> Result<f64> {
             affinity::pin_self(a)?;
-            affinity::real_time(true);
+            affinity::set_urgency(0, Urgency::Probe);
             let mut best = f64::INFINITY;
             let mut n = 0;
             for _ in 0..BATCHES {

@@ -1,11 +1,12 @@
 //! Running workloads: all switches of a workload are up at once, one of them awake at a time, and take turns in short windows.
-use crate::affinity::{self, SchedStat};
+use crate::affinity::{self, SchedStat, Urgency};
+use crate::check::Findings;
 use crate::frame::Transport;
 use crate::generator::{Generator, Tally};
 use crate::guest::ring::{DriverRing, RingFormat};
 use crate::guest::{GuestSpec, packed::PackedRing, split::SplitRing};
 use crate::regime;
-use crate::results::{Measurement, Series, Window};
+use crate::results::{Figure, MOST_WAITED, Measurement, Series, Window};
 use crate::stream::Step;
 use crate::system::{Kind, Setup, System};
 use crate::workload::Workload;
@@ -13,6 +14,9 @@ use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
+
+/// Length of a slice of a window.
+const SLICE: Duration = Duration::from_millis(100);
 
 /// How long and how often.
 #[derive(Clone, Copy, Debug)]
@@ -115,8 +119,6 @@ impl Bench {
         let measured = std::thread::scope(|s| {
             let thread = s.spawn(move || {
                 affinity::pin_self(plan.generator_core)?;
-                // Without root the figures are noisier, no more.
-                let _ = affinity::set_nice(affinity::own_id(), affinity::NICE);
                 match workload.rings {
                     RingFormat::Split => interleave::<SplitRing>(&plan, workload, systems),
                     RingFormat::Packed => interleave::<PackedRing>(&plan, workload, systems),
@@ -236,32 +238,72 @@ impl<R: DriverRing> Subject<'_, R> {
     fn window(&mut self, plan: &Plan, workload: &Workload) -> Result<()> {
         let generator = self.generator.as_mut().context("no generator")?;
         let threads = affinity::threads_on(self.system.process().id(), plan.switch_core)?;
-        for &t in &threads {
-            let _ = affinity::set_nice(t, affinity::NICE);
-        }
+        let urgency = Urgent::new(&threads);
         generator.start(workload.both_directions)?;
         generator.run(plan.window / 8)?; // caches, branch predictors, the switch's own
         let before = regime::round_trip_ns(plan.generator_core, plan.switch_core)?;
         let steal = |p: &Plan| regime::steal_ms(p.generator_core) + regime::steal_ms(p.switch_core);
         let (stolen, own) = (steal(plan), affinity::own_id());
-        let stats = (SchedStat::sum(&threads), SchedStat::of(own));
-        generator.run(plan.window / 64)?; // the probe has left both cores idle
-        let tally: Tally = generator.run(plan.window)?;
-        let waited = (SchedStat::sum(&threads).since(stats.0).waited_ns, SchedStat::of(own).since(stats.1).waited_ns);
-        let steal_ms = steal(plan).saturating_sub(stolen);
-        let after = regime::round_trip_ns(plan.generator_core, plan.switch_core)?;
+        generator.run(SLICE / 8)?; // the probe has left both cores idle
+        let slices = (plan.window.as_millis() / SLICE.as_millis()).max(1) as usize;
+        let mut measured = Vec::new();
+        let mut sum = Window {
+            mpps: 0.0,
+            seconds: 0.0,
+            slices,
+            undisturbed: 0,
+            findings: Findings::default(),
+            round_trip_ns: [before; 2],
+            switch_waited: 0.0,
+            generator_waited: 0.0,
+            generator_idle: 0.0,
+            steal_ms: 0,
+        };
+        for _ in 0..slices {
+            let stats = (SchedStat::sum(&threads), SchedStat::of(own));
+            let tally: Tally = generator.run(SLICE)?;
+            let switch = SchedStat::sum(&threads).since(stats.0).waited_ns as f64 / 1e9;
+            let generator = SchedStat::of(own).since(stats.1).waited_ns as f64 / 1e9;
+            measured.push((switch.max(generator) / tally.seconds <= MOST_WAITED, tally.mpps()));
+            sum.seconds += tally.seconds;
+            sum.findings.add(&tally.findings);
+            sum.switch_waited += switch;
+            sum.generator_waited += generator;
+            sum.generator_idle += tally.idle / slices as f64;
+        }
+        sum.round_trip_ns[1] = regime::round_trip_ns(plan.generator_core, plan.switch_core)?;
+        sum.steal_ms = steal(plan).saturating_sub(stolen);
+        sum.switch_waited /= sum.seconds;
+        sum.generator_waited /= sum.seconds;
+        sum.undisturbed = measured.iter().filter(|m| m.0).count();
+        let counted = measured.iter().filter(|m| m.0 || sum.undisturbed == 0).map(|m| m.1);
+        sum.mpps = Figure::of(&counted.collect::<Vec<_>>()).map_or(0.0, |f| f.median);
+        self.windows.push(sum);
         generator.stop()?;
-        let share = |ns: u64| ns as f64 / 1e9 / tally.seconds;
-        self.windows.push(Window {
-            mpps: tally.mpps(),
-            seconds: tally.seconds,
-            findings: tally.findings,
-            round_trip_ns: [before, after],
-            switch_waited: share(waited.0),
-            generator_waited: share(waited.1),
-            steal_ms,
-        });
+        drop(urgency);
         Ok(())
+    }
+}
+
+/// The switch's threads and the calling one, urgent until dropped.
+struct Urgent<'a>(&'a [u32]);
+
+impl<'a> Urgent<'a> {
+    fn new(threads: &'a [u32]) -> Self {
+        let this = Self(threads);
+        this.set(Urgency::Measured);
+        this
+    }
+
+    fn set(&self, urgency: Urgency) {
+        affinity::set_urgency(0, urgency);
+        self.0.iter().for_each(|&t| affinity::set_urgency(t, urgency));
+    }
+}
+
+impl Drop for Urgent<'_> {
+    fn drop(&mut self) {
+        self.set(Urgency::Ordinary);
     }
 }
 

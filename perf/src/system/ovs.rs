@@ -153,7 +153,17 @@ impl Ovs {
         let mut switch = Process::start(c, &folder.join("vswitchd.log"))?;
         let ctl = folder.join("ctl");
         switch.wait_for("control socket", Duration::from_secs(30), |_| ctl.exists())?;
-        this(&["add-br", "br0", "--", "set", "bridge", "br0", "datapath_type=netdev", "fail-mode=secure"])?;
+        this(&[
+            "add-br",
+            "br0",
+            "--",
+            "set",
+            "bridge",
+            "br0",
+            "datapath_type=netdev",
+            "fail-mode=secure",
+            "protocols=OpenFlow13,OpenFlow15",
+        ])?;
         let mut sockets = Vec::new();
         for i in 0..setup.ports {
             let name = format!("p{i}");
@@ -172,7 +182,7 @@ impl Ovs {
         std::fs::write(&file, flows(job, setup.ports, setup.rules))?;
         process::output(
             command(&folder, "ovs-ofctl")
-                .arg("replace-flows")
+                .args(["-O", "OpenFlow15", "replace-flows"])
                 .arg(format!("unix:{}/br0.mgmt", folder.display()))
                 .arg(&file),
         )?;
