@@ -26,7 +26,9 @@ pub enum Urgency {
     Ordinary,
     /// Before everything ordinary: what is measured. The kernel gives the rest 50 ms of each second all the same.
     Measured,
-    /// Before what is measured: the probe.
+    /// Before what is measured: a switch's other threads, which seldom run, but may hold a lock that its PMD thread waits for.
+    Helper,
+    /// Before all of these: the probe.
     Probe,
 }
 
@@ -37,6 +39,7 @@ pub fn set_urgency(thread: u32, urgency: Urgency) {
     let (policy, priority) = match urgency {
         Urgency::Ordinary => (libc::SCHED_OTHER, 0),
         Urgency::Measured => (libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, 1),
+        Urgency::Helper => (libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, 2),
         Urgency::Probe => (libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, 10),
     };
     let parameter = libc::sched_param { sched_priority: priority };
@@ -44,22 +47,21 @@ pub fn set_urgency(thread: u32, urgency: Urgency) {
     unsafe { libc::sched_setscheduler(thread.cast_signed(), policy, &raw const parameter) };
 }
 
-/// Threads of a process that may run on exactly this core.
+/// Threads of a process: those that may run on exactly this core, and the others.
 ///
 /// # Errors
 /// When the process is gone.
-pub fn threads_on(pid: u32, core: usize) -> Result<Vec<u32>> {
-    let mut found = Vec::new();
+pub fn threads(pid: u32, core: usize) -> Result<(Vec<u32>, Vec<u32>)> {
+    let (mut on, mut others) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid}"))? {
         let name = entry?.file_name();
         let Some(id) = name.to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
         let Ok(status) = fs::read_to_string(format!("/proc/{pid}/task/{id}/status")) else { continue };
         let allowed = status.lines().find_map(|l| l.strip_prefix("Cpus_allowed_list:")).map(str::trim);
-        if allowed == Some(core.to_string().as_str()) {
-            found.push(id);
-        }
+        let list = if allowed == Some(core.to_string().as_str()) { &mut on } else { &mut others };
+        list.push(id);
     }
-    Ok(found)
+    Ok((on, others))
 }
 
 /// Time on the core and time spent waiting for it, nanoseconds (`/proc/*/schedstat`).

@@ -46,8 +46,9 @@ pub fn round_trip_ns(a: usize, b: usize) -> Result<f64> {
     let stop = Line(AtomicU64::new(0));
     std::thread::scope(|s| {
         let echo = s.spawn(|| -> Result<()> {
-            affinity::pin_self(b)?;
+            // In this order: on the other core it could not run beside what is being measured.
             affinity::set_urgency(0, Urgency::Probe);
+            affinity::pin_self(b)?;
             let mut seen = 0;
             while stop.0.load(Ordering::Relaxed) == 0 {
                 let now = ping.0.load(Ordering::Acquire);
@@ -60,8 +61,8 @@ pub fn round_trip_ns(a: usize, b: usize) -> Result<f64> {
             Ok(())
         });
         let measure = s.spawn(|| -> Result<f64> {
-            affinity::pin_self(a)?;
             affinity::set_urgency(0, Urgency::Probe);
+            affinity::pin_self(a)?;
             let mut best = f64::INFINITY;
             let mut n = 0;
             for _ in 0..BATCHES {

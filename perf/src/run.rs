@@ -29,19 +29,19 @@ pub struct Plan {
     pub window: Duration,
     /// Undisturbed windows per switch that are wanted, all in the same placement.
     pub wanted: usize,
-    /// Most time for one workload.
+    /// Most time for one workload's windows; opening connections comes on top.
     pub budget: Duration,
 }
 
 impl Plan {
-    /// For a quick look: about 20 s per workload.
+    /// For a quick look: about 10 s per workload.
     pub fn quick(generator_core: usize, switch_core: usize) -> Self {
         Self {
             generator_core,
             switch_core,
-            window: Duration::from_millis(700),
+            window: Duration::from_millis(400),
             wanted: 5,
-            budget: Duration::from_secs(20),
+            budget: Duration::from_secs(10),
         }
     }
 
@@ -80,7 +80,7 @@ impl Bench {
     /// # Errors
     /// When the generator itself fails.
     pub fn measure(&mut self, workload: &Workload, most_connections: u32) -> Result<Measurement> {
-        let mtu = (workload.frame_bytes.saturating_sub(14)).max(1500);
+        let mtu = (workload.frame_bytes.saturating_sub(14)).max(1504);
         let key = (workload.ports, mtu, workload.rules, most_connections.max(workload.connections));
         if self.setup != Some(key) {
             self.running.clear();
@@ -165,17 +165,17 @@ fn interleave<R: DriverRing>(
     workload: &Workload,
     systems: Vec<&mut Box<dyn System>>,
 ) -> Result<Vec<Series>> {
-    let deadline = Instant::now() + plan.budget;
     let mut subjects: Vec<Subject<'_, R>> = systems
         .into_iter()
         .map(|system| Subject { system, generator: None, windows: Vec::new(), tracked: None, failure: None })
         .collect();
     for s in &mut subjects {
-        s.awake(plan, |s| s.open(workload));
+        s.awake(|s| s.open(plan, workload));
     }
+    let deadline = Instant::now() + plan.budget;
     loop {
         for s in subjects.iter_mut().filter(|s| s.failure.is_none()) {
-            s.awake(plan, |s| s.window(plan, workload));
+            s.awake(|s| s.window(plan, workload));
         }
         let series: Vec<Series> = subjects.iter().map(Subject::series).collect();
         let measurement = Measurement { workload: workload.clone(), series };
@@ -188,7 +188,7 @@ fn interleave<R: DriverRing>(
         }
     }
     for s in subjects.iter_mut().filter(|s| s.failure.is_none()) {
-        s.awake(plan, |s| {
+        s.awake(|s| {
             s.tracked = s.system.connections()?;
             // The guests go before the switch is put to sleep, and the next workload begins with empty tables.
             s.generator = None;
@@ -209,7 +209,7 @@ impl<R: DriverRing> Subject<'_, R> {
     }
 
     /// Wakes the switch for one job. A failure ends its part.
-    fn awake(&mut self, plan: &Plan, job: impl FnOnce(&mut Self) -> Result<()>) {
+    fn awake(&mut self, job: impl FnOnce(&mut Self) -> Result<()>) {
         self.system.process().resume();
         let result = job(self);
         if let Err(e) = result {
@@ -221,15 +221,15 @@ impl<R: DriverRing> Subject<'_, R> {
             self.generator = None;
         }
         self.system.process().pause();
-        let _ = plan;
     }
 
     /// Attaches guests and opens all connections.
-    fn open(&mut self, workload: &Workload) -> Result<()> {
+    fn open(&mut self, plan: &Plan, workload: &Workload) -> Result<()> {
         let spec = GuestSpec::new(workload.frame_bytes).format(workload.rings);
         let sockets = self.system.sockets();
         let mut generator = Generator::<R>::attach(sockets, &spec)?;
         generator.streams(workload.streams());
+        let _urgency = Urgent::new(self.system.process().id(), plan.switch_core)?;
         open(&mut generator, workload)?;
         self.generator = Some(generator);
         Ok(())
@@ -237,8 +237,8 @@ impl<R: DriverRing> Subject<'_, R> {
 
     fn window(&mut self, plan: &Plan, workload: &Workload) -> Result<()> {
         let generator = self.generator.as_mut().context("no generator")?;
-        let threads = affinity::threads_on(self.system.process().id(), plan.switch_core)?;
-        let urgency = Urgent::new(&threads);
+        let urgency = Urgent::new(self.system.process().id(), plan.switch_core)?;
+        let threads = urgency.pmd.clone();
         generator.start(workload.both_directions)?;
         generator.run(plan.window / 8)?; // caches, branch predictors, the switch's own
         let before = regime::round_trip_ns(plan.generator_core, plan.switch_core)?;
@@ -286,24 +286,26 @@ impl<R: DriverRing> Subject<'_, R> {
 }
 
 /// The switch's threads and the calling one, urgent until dropped.
-struct Urgent<'a>(&'a [u32]);
+struct Urgent {
+    pmd: Vec<u32>,
+    others: Vec<u32>,
+}
 
-impl<'a> Urgent<'a> {
-    fn new(threads: &'a [u32]) -> Self {
-        let this = Self(threads);
-        this.set(Urgency::Measured);
-        this
-    }
-
-    fn set(&self, urgency: Urgency) {
-        affinity::set_urgency(0, urgency);
-        self.0.iter().for_each(|&t| affinity::set_urgency(t, urgency));
+impl Urgent {
+    fn new(pid: u32, core: usize) -> Result<Self> {
+        let (pmd, others) = affinity::threads(pid, core)?;
+        let this = Self { pmd, others };
+        this.others.iter().for_each(|&t| affinity::set_urgency(t, Urgency::Helper));
+        this.pmd.iter().for_each(|&t| affinity::set_urgency(t, Urgency::Measured));
+        affinity::set_urgency(0, Urgency::Measured);
+        Ok(this)
     }
 }
 
-impl Drop for Urgent<'_> {
+impl Drop for Urgent {
     fn drop(&mut self) {
-        self.set(Urgency::Ordinary);
+        affinity::set_urgency(0, Urgency::Ordinary);
+        self.pmd.iter().chain(&self.others).for_each(|&t| affinity::set_urgency(t, Urgency::Ordinary));
     }
 }
 
@@ -312,7 +314,7 @@ impl Drop for Urgent<'_> {
 /// # Errors
 /// When frames do not arrive.
 pub fn open<R: DriverRing>(generator: &mut Generator<R>, workload: &Workload) -> Result<()> {
-    let patience = Duration::from_millis(500);
+    let patience = Duration::from_secs(2);
     let n = u64::from(workload.connections);
     for pair in 0..workload.busy_pairs {
         let (forth, back) = (2 * pair, 2 * pair + 1);

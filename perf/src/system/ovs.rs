@@ -147,8 +147,9 @@ impl Ovs {
             "other_config:n-revalidator-threads=1",
             "other_config:n-handler-threads=1",
         ])?;
-        let mut c = command(&folder, "taskset");
-        c.args(["-c", &format!("{core},{}", setup.switch_core)]).arg(vswitchd).arg(&remote);
+        // Its bridge is a tap device: in a network namespace of its own it meets no other instance's.
+        let mut c = command(&folder, "unshare");
+        c.args(["--net", "taskset", "-c", &format!("{core},{}", setup.switch_core)]).arg(vswitchd).arg(&remote);
         c.arg(format!("--unixctl={}/ctl", folder.display()));
         let mut switch = Process::start(c, &folder.join("vswitchd.log"))?;
         let ctl = folder.join("ctl");

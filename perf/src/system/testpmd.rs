@@ -22,7 +22,7 @@ impl Testpmd {
         if setup.ports % 2 != 0 {
             bail!("testpmd forwards between pairs of ports");
         }
-        let folder = setup.folder("testpmd")?;
+        let folder = setup.folder(Kind::TestpmdIo.name())?;
         let sockets = socket_paths(&folder, setup.ports);
         let mut c = Command::new("stdbuf");
         c.args(["-o0", "dpdk-testpmd"]);
@@ -38,6 +38,8 @@ impl Testpmd {
         }
         let mut process = Process::start(c, &folder.join("log")).context("apt-get install dpdk-dev")?;
         process.wait_for("prompt", Duration::from_secs(30), |p| p.log().contains("testpmd> "))?;
+        let wanted = sockets.clone();
+        process.wait_for("sockets", Duration::from_secs(10), |_| wanted.iter().all(|s| s.exists()))?;
         Ok(Self { process, sockets })
     }
 }
