@@ -49,6 +49,8 @@ impl Findings {
 pub struct Checker {
     expected: Frames,
     findings: Findings,
+    /// Frames received since the beginning.
+    total: u64,
     /// The number that the next frame should carry.
     next: u32,
     /// Frames counted since `next` was known.
@@ -60,13 +62,21 @@ impl Checker {
     /// Expects the stream's frames from the next one on.
     pub fn new(expected: &Frames) -> Self {
         let next = expected.next().seq;
-        Self { expected: expected.clone(), findings: Findings::default(), next, uncounted: 0, scratch: Vec::new() }
+        Self {
+            expected: expected.clone(),
+            findings: Findings::default(),
+            total: 0,
+            next,
+            uncounted: 0,
+            scratch: Vec::new(),
+        }
     }
 
     /// Counts frames without looking into them.
     #[inline]
     pub fn count(&mut self, frames: u32, bytes: u64) {
         self.findings.frames += u64::from(frames);
+        self.total += u64::from(frames);
         self.findings.bytes += bytes;
         self.uncounted = self.uncounted.wrapping_add(frames);
     }
@@ -74,6 +84,7 @@ impl Checker {
     /// Counts a frame and looks into it; into its payload only when `whole`.
     pub fn look(&mut self, frame: &[u8], whole: bool) {
         self.findings.frames += 1;
+        self.total += 1;
         self.findings.bytes += frame.len() as u64;
         self.findings.sampled += 1;
         let Some(seq) = self.expected.stamp(frame) else {
@@ -121,6 +132,11 @@ impl Checker {
     /// Findings so far.
     pub fn findings(&self) -> Findings {
         self.findings
+    }
+
+    /// Frames received since the beginning, whatever was taken.
+    pub fn total(&self) -> u64 {
+        self.total
     }
 
     /// Findings since the last call.

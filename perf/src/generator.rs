@@ -40,6 +40,9 @@ struct Outgoing {
     frames: Frames,
     /// Frames still to be sent in this phase.
     quota: u64,
+    /// Frames given to the switch so far.
+    published: u64,
+    /// Frames that the switch has taken in this window.
     sent: u64,
     patience: u32,
 }
@@ -216,6 +219,7 @@ impl<R: DriverRing> Lane<R> {
             unsafe { out.frames.write_next(buffer.add(NET_HEADER)) };
         }
         out.quota -= u64::from(n);
+        out.published += u64::from(n);
         self.guest.tx.publish(n);
         Ok(n)
     }
@@ -235,7 +239,7 @@ impl<R: DriverRing> Lane<R> {
                 );
             }
         }
-        self.out = Some(Outgoing { frames, quota, sent: 0, patience: 0 });
+        self.out = Some(Outgoing { frames, quota, published: 0, sent: 0, patience: 0 });
     }
 
     fn idle(&self) -> bool {
@@ -334,11 +338,22 @@ impl<R: DriverRing> Generator<R> {
         }
     }
 
-    /// Lets everything under way arrive; gives up when nothing has moved for `quiet`. Kicks, for a switch that sleeps.
+    /// Frames that the streams have sent and that have not arrived.
+    fn missing(&self) -> bool {
+        self.streams.iter().any(|(from, to, _)| {
+            let sent = self.lanes[*from].out.as_ref().map_or(0, |o| o.published);
+            self.lanes[*to].expected.as_ref().is_some_and(|c| c.total() < sent)
+        })
+    }
+
+    /// Stops sending and lets everything under way arrive. What has not arrived 50 ms after anything moved last is lost.
+    /// Kicks, for a switch that sleeps.
     ///
     /// # Errors
     /// When a ring makes no sense.
-    pub fn drain(&mut self, quiet: Duration) -> Result<()> {
+    pub fn drain(&mut self) -> Result<()> {
+        const LOST: Duration = Duration::from_millis(50);
+        const STUCK: Duration = Duration::from_secs(1);
         for lane in &mut self.lanes {
             if let Some(out) = &mut lane.out {
                 out.quota = 0;
@@ -353,6 +368,13 @@ impl<R: DriverRing> Generator<R> {
                 lane.send()?;
                 work |= lane.guest.tx.free() != before;
             }
+            let quiet = if self.lanes.iter().any(|l| !l.idle()) {
+                STUCK
+            } else if self.missing() {
+                LOST
+            } else {
+                return Ok(());
+            };
             if work {
                 moved = Instant::now();
             } else if moved.elapsed() > quiet {
@@ -370,7 +392,7 @@ impl<R: DriverRing> Generator<R> {
     /// When fewer arrive within `patience` of the last one.
     pub fn phase(&mut self, stream: usize, step: Step, count: u64, patience: Duration) -> Result<()> {
         let (from, to, spec) = self.streams[stream].clone();
-        self.drain(Duration::from_micros(200))?;
+        self.drain()?;
         if !self.lanes[from].idle() {
             bail!("the switch does not take what guest {from} has sent");
         }
@@ -385,7 +407,9 @@ impl<R: DriverRing> Generator<R> {
         self.lanes[to].stray = 0;
         self.lanes[from].prepare(frames, 0);
         // Never more under way than the receiver has buffers, however long this thread is kept off its core: none may be lost.
-        let most = u64::from(self.lanes[to].guest.rx.buffers() / 4 * 3);
+        let receiver = &self.lanes[to].guest.rx;
+        let per_frame = (bytes + NET_HEADER).div_ceil(receiver.buffer_len()) as u64;
+        let most = (u64::from(receiver.buffers()) * 3 / 4 / per_frame).max(1);
         let arrived = |lane: &Lane<R>| lane.expected.as_ref().map_or(lane.stray, |c| c.findings().frames);
         let mut allowed = 0;
         let mut last = (0, Instant::now());
@@ -422,7 +446,7 @@ impl<R: DriverRing> Generator<R> {
     /// # Errors
     /// When a guest's buffers do not come back.
     pub fn start(&mut self, both: bool) -> Result<()> {
-        self.drain(Duration::from_micros(200))?;
+        self.drain()?;
         for lane in &mut self.lanes {
             lane.expected = None;
             lane.out = None;
@@ -446,7 +470,7 @@ impl<R: DriverRing> Generator<R> {
     /// # Errors
     /// When a ring makes no sense.
     pub fn stop(&mut self) -> Result<()> {
-        self.drain(Duration::from_millis(2))?;
+        self.drain()?;
         for (i, (from, _, _)) in self.streams.iter().enumerate() {
             // A guest sends at most one stream.
             if let Some(out) = &self.lanes[*from].out {

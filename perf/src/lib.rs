@@ -2,9 +2,11 @@
 //! crate tells how it measures; `ferry-perf help` how it is used.
 pub mod affinity;
 pub mod check;
+pub mod exchange;
 pub mod frame;
 pub mod generator;
 pub mod guest;
+pub mod histogram;
 pub mod hugepages;
 pub mod process;
 pub mod regime;

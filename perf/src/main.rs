@@ -78,13 +78,15 @@ fn measure(plan: Plan, workloads: &[Workload]) -> Result<Run> {
                 .iter()
                 .map(|w| {
                     format!(
-                        "{:.2}{}({:.0}ns,{}/{},idle {:.1}%)",
+                        "{:.2}{}({:.0}-{:.0}ns,{}/{},idle {:.0}%,steal {})",
                         w.mpps,
                         if w.valid() { "" } else { "!" },
                         w.round_trip_ns[0],
+                        w.round_trip_ns[1],
                         w.undisturbed,
                         w.slices,
-                        w.generator_idle * 100.0
+                        w.generator_idle * 100.0,
+                        w.steal_ms
                     )
                 })
                 .collect();

@@ -36,6 +36,9 @@ pub struct Window {
 /// From this share of a slice off the core on, a slice does not count.
 pub const MOST_WAITED: f64 = 0.02;
 
+/// The kernel counts stolen time in units of this.
+const TICK_MS: f64 = 10.0;
+
 impl Window {
     /// The placement, if it was the same before and after.
     pub fn placement(&self) -> Option<Placement> {
@@ -47,7 +50,7 @@ impl Window {
     pub fn valid(&self) -> bool {
         self.placement().is_some()
             && self.undisturbed >= 2.min(self.slices)
-            && (self.steal_ms as f64) <= self.seconds * 1e3 * MOST_WAITED
+            && (self.steal_ms as f64) <= TICK_MS + 2.0 * self.seconds * 1e3 * MOST_WAITED
     }
 }
 
