@@ -1,1 +1,17 @@
-//! The benchmark suite.
+//! Ferry's benchmark suite: generators, the switches that are measured side by side, and reports. `README.md` beside this
+//! crate tells how it measures; `ferry-perf help` how it is used.
+pub mod affinity;
+pub mod check;
+pub mod exchange;
+pub mod frame;
+pub mod generator;
+pub mod guest;
+pub mod histogram;
+pub mod hugepages;
+pub mod process;
+pub mod regime;
+pub mod results;
+pub mod run;
+pub mod stream;
+pub mod system;
+pub mod workload;

@@ -164,11 +164,9 @@ pub fn progress(v: &MigrationView, now_ms: u64) -> Progress {
     let left = e.walk_left.max(e.entries_left).min(v.connections);
     let share = if v.connections == 0 { 1.0 } else { 1.0 - left as f64 / v.connections as f64 };
     let round = v.rounds.last().map_or(0, |r| r.round + 1);
-    let mut text = format!("round {round}: {}", estimate_text(e));
-    if let Some(eta) = eta_ms(v, now_ms) {
-        let _ = write!(text, ", ETA {}", time(eta));
-    }
-    Progress { share: Some(share), text }
+    // What matters most comes first: a narrow terminal cuts the end off.
+    let eta = eta_ms(v, now_ms).map(|ms| format!(", ETA {}", time(ms))).unwrap_or_default();
+    Progress { share: Some(share), text: format!("round {round}{eta}: {}", estimate_text(e)) }
 }
 
 fn estimate_text(e: &EstimateView) -> String {
@@ -670,7 +668,7 @@ mod tests {
             Progress {
                 share: Some(0.95),
                 text:
-                    "round 2: 500 records (50.0 KiB) left, 400 changes/s, final delta about 2 ms (2.0 KiB), ETA 1048 ms"
+                    "round 2, ETA 1048 ms: 500 records (50.0 KiB) left, 400 changes/s, final delta about 2 ms (2.0 KiB)"
                         .into()
             }
         );
@@ -683,7 +681,7 @@ mod tests {
         let p = progress(&v, now_ms);
         assert_eq!(
             (p.share, p.text.as_str()),
-            (Some(0.25), "round 0: 7500 connections not sent yet, 0 changes/s, ETA 6000 ms")
+            (Some(0.25), "round 0, ETA 6000 ms: 7500 connections not sent yet, 0 changes/s")
         );
         for odd in [0, 10_000, 10_001, u64::MAX] {
             v.estimate = Some(EstimateView { walk_left: odd, ..EstimateView::default() });

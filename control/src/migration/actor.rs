@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ferry_migrate::message::{Hello, Offer};
 use ferry_vhost::dirty_log::DirtyLog;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 
 use super::Hub;
 use super::destination_side::{DestinationSide, Outcome};
@@ -51,6 +51,14 @@ pub enum Input {
     End,
 }
 
+/// Where a VM's task hears.
+pub struct Inputs {
+    /// From its ports.
+    pub signals: Receiver<Input>,
+    /// From everybody else.
+    pub others: UnboundedReceiver<Input>,
+}
+
 /// Where a machine's actions are carried out.
 pub struct Place<'a> {
     /// What all VMs share.
@@ -73,13 +81,7 @@ impl Place<'_> {
 }
 
 /// Runs until [`Input::End`].
-pub async fn run(
-    hub: Arc<Hub>,
-    switch: Arc<dyn VmSwitch>,
-    vm: String,
-    guest: Arc<Guest>,
-    inputs: UnboundedReceiver<Input>,
-) {
+pub async fn run(hub: Arc<Hub>, switch: Arc<dyn VmSwitch>, vm: String, guest: Arc<Guest>, inputs: Inputs) {
     let runtime = Handle::current();
     let place = Place { hub: &hub, vm: &vm, guest: &guest, runtime: &runtime, switch: switch.as_ref() };
     let destination = DestinationSide::new(&place, guest.runs());
@@ -90,7 +92,7 @@ struct Actor {
     /// None until the VM's table is known.
     source: Option<SourceSide>,
     destination: DestinationSide,
-    inputs: UnboundedReceiver<Input>,
+    inputs: Inputs,
     shown: Instant,
 }
 
@@ -134,7 +136,8 @@ impl Actor {
         };
         tokio::select! {
             biased;
-            input = self.inputs.recv() => Turn::Input(input),
+            input = self.inputs.signals.recv() => Turn::Input(input),
+            input = self.inputs.others.recv() => Turn::Input(input),
             received = source => Turn::FromDestination(received),
             () = pause => Turn::Time,
             received = self.destination.next() => Turn::FromSource(received),

@@ -418,8 +418,9 @@ impl DestinationSide {
     }
 
     /// Ends whatever is under way: ferryd stops.
-    pub fn shut_down(&mut self, place: &Place<'_>) -> Outcome {
-        self.event(place, Event::Cancel)
+    pub fn shut_down(&mut self, place: &Place<'_>) {
+        self.event(place, Event::Cancel);
+        self.diverts.switch_off(place.switch());
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ferry_vhost::dirty_log::DirtyLog;
 use ferry_vhost::signals::PortEvent;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::{Sender, UnboundedSender};
 
 use super::actor::Input;
 
@@ -18,6 +18,9 @@ const KICK_LIMIT: Duration = Duration::from_millis(500);
 
 /// Shared by the session threads of a VM's ports and the VM's task.
 pub struct Guest {
+    /// From the ports: bounded, so that a frontend that says much waits itself.
+    signals: Sender<Input>,
+    /// From our own tasks, each of which says little.
     inputs: UnboundedSender<Input>,
     rings: Mutex<Rings>,
     /// A migration is under way: a KICK decides something.
@@ -47,9 +50,15 @@ impl Rings {
 }
 
 impl Guest {
-    /// Events go to `inputs`.
-    pub fn new(inputs: UnboundedSender<Input>) -> Self {
-        Self { inputs, rings: Mutex::default(), attentive: AtomicBool::new(false), hold_limit_ms: AtomicU64::new(0) }
+    /// Ports' signals go to `signals`, all else to `inputs`.
+    pub fn new(signals: Sender<Input>, inputs: UnboundedSender<Input>) -> Self {
+        Self {
+            signals,
+            inputs,
+            rings: Mutex::default(),
+            attentive: AtomicBool::new(false),
+            hold_limit_ms: AtomicU64::new(0),
+        }
     }
 
     fn rings(&self) -> MutexGuard<'_, Rings> {
@@ -71,6 +80,11 @@ impl Guest {
         let _ = self.inputs.send(input);
     }
 
+    /// The same from a session thread, which waits while too much is waiting.
+    fn signal(&self, input: Input) {
+        let _ = self.signals.blocking_send(input);
+    }
+
     /// What a port reports, in order. Holds the caller, and with it QEMU, where the migration's protocol says so; bounded.
     pub fn observe(&self, port: &Arc<str>, event: &PortEvent) {
         let mut rings = self.rings();
@@ -84,21 +98,21 @@ impl Guest {
                 rings.logging.remove(port);
                 if rings.connected.is_empty() {
                     *rings = Rings::default();
-                    self.send(Input::QemuGone);
+                    self.signal(Input::QemuGone);
                 }
             }
             PortEvent::LogBase { log } => {
                 let moved = !rings.logging.is_empty();
                 rings.log = Some(Arc::clone(log));
                 if moved {
-                    self.send(Input::Log(Arc::clone(log)));
+                    self.signal(Input::Log(Arc::clone(log)));
                 }
             }
             PortEvent::LogStarted => {
                 let first = rings.logging.is_empty();
                 rings.logging.insert(Arc::clone(port));
                 if first {
-                    self.send(Input::LogOn(rings.log.clone()));
+                    self.signal(Input::LogOn(rings.log.clone()));
                 }
             }
             PortEvent::LogStopped => {
@@ -106,7 +120,7 @@ impl Guest {
                 rings.used.retain(|(p, _), _| p != port);
                 if rings.logging.is_empty() {
                     rings.log = None;
-                    self.send(Input::LogOff);
+                    self.signal(Input::LogOff);
                 }
             }
             PortEvent::VringLogAddress { index, address } => match address {
@@ -125,7 +139,7 @@ impl Guest {
                 let last = ran && rings.running.is_empty();
                 drop(rings);
                 if *logging && ran {
-                    self.send(Input::Stopped(Instant::now()));
+                    self.signal(Input::Stopped(Instant::now()));
                 }
                 if *logging && last {
                     self.hold();
@@ -136,7 +150,7 @@ impl Guest {
                 drop(rings);
                 self.kick();
             }
-            PortEvent::LinkUp => self.send(Input::LinkUp(Arc::clone(port))),
+            PortEvent::LinkUp => self.signal(Input::LinkUp(Arc::clone(port))),
             _ => {}
         }
     }
@@ -148,7 +162,7 @@ impl Guest {
 
     fn hold(&self) {
         let (release, released) = sync_channel(1);
-        self.send(Input::Held(release));
+        self.signal(Input::Held(release));
         let limit = Duration::from_millis(self.hold_limit_ms.load(Relaxed)) + HOLD_MARGIN;
         // An error: released, or nobody there to do it, or too late.
         let _ = released.recv_timeout(limit);
@@ -157,11 +171,11 @@ impl Guest {
     /// On the destination the VM's connections are put in place before its first ring runs.
     fn kick(&self) {
         if !self.attentive.load(Relaxed) {
-            self.send(Input::Kick(None));
+            self.signal(Input::Kick(None));
             return;
         }
         let (done, is_done): (SyncSender<()>, _) = sync_channel(1);
-        self.send(Input::Kick(Some(done)));
+        self.signal(Input::Kick(Some(done)));
         let _ = is_done.recv_timeout(KICK_LIMIT);
     }
 }
@@ -169,11 +183,11 @@ impl Guest {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+    use tokio::sync::mpsc::{Receiver, channel, unbounded_channel};
 
-    fn guest() -> (Arc<Guest>, UnboundedReceiver<Input>) {
-        let (sender, receiver) = unbounded_channel();
-        (Arc::new(Guest::new(sender)), receiver)
+    fn guest() -> (Arc<Guest>, Receiver<Input>) {
+        let (signals, received) = channel(64);
+        (Arc::new(Guest::new(signals, unbounded_channel().0)), received)
     }
 
     fn started(index: u16) -> PortEvent {

@@ -34,6 +34,7 @@ pub mod view;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
 
 use ferry_migrate::audit::Event;
 use ferry_migrate::authz::AuthzError;
@@ -41,9 +42,10 @@ use ferry_migrate::channel::Dialer;
 use ferry_migrate::message::Offer;
 use ferry_vhost::signals::PortEvent;
 use tokio::runtime::{Handle, Runtime};
-use tokio::sync::mpsc::unbounded_channel;
+use tokio::sync::mpsc::{channel, unbounded_channel};
+use tokio::task::JoinHandle;
 
-use self::actor::{Input, Place};
+use self::actor::{Input, Inputs, Place};
 use self::auditor::unix_ms;
 use self::dial::DialError;
 use self::guest::Guest;
@@ -60,6 +62,10 @@ pub use self::check::CheckError;
 const HISTORY: usize = 1000;
 /// Longest that a VM is expected, seconds.
 pub const MAX_EXPECT_S: u64 = 7 * 24 * 3600;
+/// Signals of a VM's ports that wait for its task.
+const SIGNALS: usize = 256;
+/// How long migrations that are under way get to end in order.
+const END_LIMIT: Duration = Duration::from_secs(2);
 /// Most VMs expected at a time.
 const MAX_EXPECTED: usize = 4096;
 
@@ -121,6 +127,7 @@ pub struct Hub {
 struct Guests {
     by_vm: BTreeMap<String, Arc<Guest>>,
     by_port: HashMap<String, Arc<Guest>>,
+    tasks: Vec<JoinHandle<()>>,
 }
 
 /// Migrations of this host's VMs. A clone is another handle.
@@ -168,11 +175,7 @@ impl Migration {
     pub fn configure(&self, config: &MigrationConfig) -> Result<(), EngineError> {
         let hub = &self.0;
         if !config.enabled {
-            hub.end_guests();
-            lock(&hub.services).take();
-            if let Some(runtime) = lock(&hub.runtime).take() {
-                runtime.shutdown_background();
-            }
+            self.shut_down();
             return Ok(());
         }
         let mut runtime = lock(&hub.runtime);
@@ -305,11 +308,21 @@ impl Migration {
         &self.0.totals
     }
 
-    /// Ends everything: ferryd stops.
+    /// Ends everything: ferryd stops, or migration is switched off. Whatever was under way is given up in order.
     pub fn shut_down(&self) {
-        self.0.end_guests();
-        lock(&self.0.services).take();
-        if let Some(runtime) = lock(&self.0.runtime).take() {
+        let runtime = lock(&self.0.runtime).take();
+        let tasks = self.0.end_guests();
+        if let Some(runtime) = runtime {
+            let all = async {
+                for task in tasks {
+                    // One that panicked has ended, too.
+                    let _ = task.await;
+                }
+            };
+            if runtime.block_on(async { tokio::time::timeout(END_LIMIT, all).await }).is_err() {
+                tracing::warn!("some migrations did not end in time");
+            }
+            lock(&self.0.services).take();
             runtime.shutdown_background();
         }
     }
@@ -340,11 +353,21 @@ impl Hub {
             }
             stays
         });
+        guests.tasks.retain(|task| !task.is_finished());
+        let Guests { by_vm, tasks, .. } = &mut *guests;
         for vm in settings.vms.keys() {
-            let guest = guests.by_vm.entry(vm.clone()).or_insert_with(|| {
-                let (sender, inputs) = unbounded_channel();
-                let guest = Arc::new(Guest::new(sender));
-                runtime.spawn(actor::run(Arc::clone(self), Arc::clone(switch), vm.clone(), Arc::clone(&guest), inputs));
+            let guest = by_vm.entry(vm.clone()).or_insert_with(|| {
+                let (signals, from_ports) = channel(SIGNALS);
+                let (sender, others) = unbounded_channel();
+                let guest = Arc::new(Guest::new(signals, sender));
+                let inputs = Inputs { signals: from_ports, others };
+                tasks.push(runtime.spawn(actor::run(
+                    Arc::clone(self),
+                    Arc::clone(switch),
+                    vm.clone(),
+                    Arc::clone(&guest),
+                    inputs,
+                )));
                 guest
             });
             guest.hold_limit_ms.store(u64::from(settings.config.hold_limit_ms), Relaxed);
@@ -357,9 +380,10 @@ impl Hub {
             .collect();
     }
 
-    fn end_guests(&self) {
+    fn end_guests(&self) -> Vec<JoinHandle<()>> {
         let guests = std::mem::take(&mut *self.guests.write().unwrap_or_else(PoisonError::into_inner));
         guests.by_vm.values().for_each(|guest| guest.send(Input::End));
+        guests.tasks
     }
 
     fn dialer(&self) -> Result<Dialer, DialError> {

@@ -539,5 +539,8 @@ impl SourceSide {
     /// Ends whatever is under way: ferryd stops.
     pub fn shut_down(&mut self, place: &Place<'_>) {
         self.event(place, Event::Cancel);
+        self.held = None;
+        self.diverts.switch_off(place.switch());
+        self.table.map().set_tracking(false);
     }
 }

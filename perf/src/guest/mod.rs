@@ -1,0 +1,114 @@
+//! A generated guest: one vhost-user port seen from the driver's side, on the same socket that QEMU would use.
+pub mod memory;
+pub mod packed;
+pub mod ring;
+pub mod session;
+pub mod split;
+
+use anyhow::Result;
+use memory::GuestMemory;
+use ring::{DriverRing, NET_HEADER, RingFormat, RingSpec};
+use session::Session;
+use std::path::Path;
+
+/// What kind of guest to attach.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestSpec {
+    /// Ring format.
+    pub format: RingFormat,
+    /// Descriptors per ring.
+    pub ring_size: u16,
+    /// Longest frame that it sends or receives, bytes.
+    pub frame_bytes: usize,
+    /// Bytes of one receive buffer, header included. Longer frames take several (mergeable buffers).
+    pub rx_buffer_bytes: u32,
+    /// Negotiates checksum and TCP segmentation offloads.
+    pub offloads: bool,
+}
+
+impl GuestSpec {
+    /// Split rings of 256, one receive buffer per frame, no offloads.
+    pub fn new(frame_bytes: usize) -> Self {
+        Self {
+            format: RingFormat::Split,
+            ring_size: 256,
+            frame_bytes,
+            rx_buffer_bytes: if frame_bytes <= 2036 { 2048 } else { 4096 },
+            offloads: false,
+        }
+    }
+
+    /// With this ring format.
+    pub fn format(mut self, format: RingFormat) -> Self {
+        self.format = format;
+        self
+    }
+
+    fn tx(&self) -> RingSpec {
+        let needed = NET_HEADER + self.frame_bytes;
+        // Linux gives long frames as page fragments: one descriptor per 4 KiB.
+        let (chain, descriptor_bytes) = if needed <= 2048 { (1, 2048) } else { (needed.div_ceil(4096), 4096) };
+        let chain = chain.next_power_of_two() as u16;
+        RingSpec { size: self.ring_size.max(chain * 8), chain, descriptor_bytes, device_writes: false }
+    }
+
+    fn rx(&self) -> RingSpec {
+        // Room for as many frames as the transmit ring holds, within the usual 1024 descriptors.
+        let per_frame = (NET_HEADER + self.frame_bytes).div_ceil(self.rx_buffer_bytes as usize).next_power_of_two();
+        let size = (usize::from(self.ring_size) * per_frame).min(1024).max(usize::from(self.ring_size));
+        RingSpec { size: size as u16, chain: 1, descriptor_bytes: self.rx_buffer_bytes, device_writes: true }
+    }
+}
+
+/// An attached guest with its two rings. Field order is drop order: the session ends before the memory goes.
+#[derive(Debug)]
+pub struct Guest<R> {
+    session: Session,
+    /// Towards the switch.
+    pub tx: R,
+    /// From the switch.
+    pub rx: R,
+    memory: GuestMemory,
+}
+
+impl<R: DriverRing> Guest<R> {
+    /// Connects to the socket on which a switch listens and starts both rings, all receive buffers published.
+    ///
+    /// # Errors
+    /// When nobody listens, the switch lacks a feature, or the session breaks off.
+    pub fn attach(socket: &Path, spec: &GuestSpec) -> Result<Self> {
+        let (tx, rx) = (spec.tx(), spec.rx());
+        let mut memory = GuestMemory::new(tx.memory() + rx.memory())?;
+        let mut rx = R::new(rx, &mut memory)?;
+        let tx = R::new(tx, &mut memory)?;
+        rx.publish(rx.free());
+        let session = Session::start(socket, spec, &memory, [&rx, &tx])?;
+        Ok(Self { session, tx, rx, memory })
+    }
+
+    /// Notifies the switch where it asks for that. A switch that polls does not.
+    #[inline]
+    pub fn kick(&self) {
+        if self.tx.wants_kick() {
+            self.session.kick(1);
+        }
+        if self.rx.wants_kick() {
+            self.session.kick(0);
+        }
+    }
+
+    /// The features that were negotiated.
+    pub fn features(&self) -> u64 {
+        self.session.features()
+    }
+
+    /// Whether its memory consists of huge pages.
+    pub fn huge_pages(&self) -> bool {
+        self.memory.huge()
+    }
+
+    /// Whether the switch still holds the connection.
+    pub fn alive(&self) -> bool {
+        self.session.alive()
+    }
+}

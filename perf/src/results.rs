@@ -1,0 +1,254 @@
+//! Results: what a run leaves behind, and how windows become one figure.
+use crate::check::Findings;
+use crate::regime::{Environment, Placement};
+use crate::system::Kind;
+use crate::workload::Workload;
+use serde::{Deserialize, Serialize};
+
+/// One turn of a switch: several timed slices with the placement probed around them.
+///
+/// On a busy machine the kernel gives other threads the measured cores for milliseconds at a time. A slice in which that
+/// happened does not count; slices are short so that most are spared.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Window {
+    /// Median of the undisturbed slices (of all, when none was undisturbed), million frames delivered per second.
+    pub mpps: f64,
+    /// Length of all slices together, seconds.
+    pub seconds: f64,
+    /// Slices in all.
+    pub slices: usize,
+    /// Slices in which neither thread was kept off its core.
+    pub undisturbed: usize,
+    /// What was found.
+    pub findings: Findings,
+    /// Round trip between the cores before and after, nanoseconds.
+    pub round_trip_ns: [f64; 2],
+    /// Share of the time in which the switch's thread was ready but not on its core.
+    pub switch_waited: f64,
+    /// The same of the generator's.
+    pub generator_waited: f64,
+    /// Share of the generator's turns that found nothing to do; near zero, it is what limits the figure.
+    pub generator_idle: f64,
+    /// Time that the hypervisor kept from the two cores, milliseconds.
+    pub steal_ms: u64,
+}
+
+/// From this share of a slice off the core on, a slice does not count.
+pub const MOST_WAITED: f64 = 0.02;
+
+/// The kernel counts stolen time in units of this.
+const TICK_MS: f64 = 10.0;
+
+impl Window {
+    /// The placement, if it was the same before and after.
+    pub fn placement(&self) -> Option<Placement> {
+        let [before, after] = self.round_trip_ns.map(Placement::of);
+        (before == after).then_some(before)
+    }
+
+    /// Whether it counts: cores that stayed where they were, two undisturbed slices at least.
+    pub fn valid(&self) -> bool {
+        self.placement().is_some()
+            && self.undisturbed >= 2.min(self.slices)
+            && (self.steal_ms as f64) <= TICK_MS + 2.0 * self.seconds * 1e3 * MOST_WAITED
+    }
+}
+
+/// All windows of one switch under one workload.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Series {
+    /// Which switch.
+    pub system: Kind,
+    /// Its windows, the discarded ones as well.
+    pub windows: Vec<Window>,
+    /// Connections in its tables at the end, over all ports.
+    pub tracked: Option<u64>,
+    /// Why it was not measured.
+    pub failure: Option<String>,
+}
+
+impl Series {
+    /// Windows that count under this placement.
+    pub fn counted(&self, placement: Placement) -> Vec<&Window> {
+        self.windows.iter().filter(|w| w.valid() && w.placement() == Some(placement)).collect()
+    }
+}
+
+/// One workload through all its switches.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Measurement {
+    /// What was sent.
+    pub workload: Workload,
+    /// Per switch.
+    pub series: Vec<Series>,
+}
+
+/// A figure with its spread.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Figure {
+    /// Median.
+    pub median: f64,
+    /// Least.
+    pub min: f64,
+    /// Greatest.
+    pub max: f64,
+    /// Number of values.
+    pub count: usize,
+}
+
+impl Figure {
+    /// Of these values; `None` when there are none.
+    pub fn of(values: &[f64]) -> Option<Self> {
+        let mut v = values.to_vec();
+        v.sort_by(f64::total_cmp);
+        let (&min, &max) = (v.first()?, v.last()?);
+        let n = v.len();
+        let median = if n % 2 == 1 { v[n / 2] } else { (v[n / 2 - 1] + v[n / 2]) / 2.0 };
+        Some(Self { median, min, max, count: n })
+    }
+}
+
+impl Measurement {
+    /// The placement under which the switches are compared: the one in which the switch with the fewest windows has the
+    /// most; near if in doubt. `None` when no placement has windows of all switches: then all windows count, and the row
+    /// says so.
+    pub fn placement(&self) -> Option<Placement> {
+        let least = |p| self.measured().map(|s| s.counted(p).len()).min().unwrap_or(0);
+        let (near, far) = (least(Placement::Near), least(Placement::Far));
+        match near.max(far) {
+            0 => None,
+            _ if near >= far.min(3) => Some(Placement::Near),
+            _ => Some(Placement::Far),
+        }
+    }
+
+    fn measured(&self) -> impl Iterator<Item = &Series> {
+        self.series.iter().filter(|s| s.failure.is_none())
+    }
+
+    /// A switch's figure under the placement of comparison.
+    pub fn figure(&self, system: Kind) -> Option<Figure> {
+        let series = self.series.iter().find(|s| s.system == system)?;
+        let values: Vec<f64> = match self.placement() {
+            Some(p) => series.counted(p).iter().map(|w| w.mpps).collect(),
+            None => series.windows.iter().map(|w| w.mpps).collect(),
+        };
+        Figure::of(&values)
+    }
+
+    /// The rows of the summary.
+    pub fn rows(&self) -> Vec<Row> {
+        let base = self.figure(Kind::TestpmdIo).map(|f| f.median);
+        // OVS in the form that does the same job; with connections, one zone is its fastest.
+        let ovs = [Kind::OvsCt, Kind::OvsL2].into_iter().find_map(|k| self.figure(k)).map(|f| f.median);
+        self.series
+            .iter()
+            .filter_map(|s| {
+                let f = self.figure(s.system)?;
+                let mut findings = Findings::default();
+                s.windows.iter().for_each(|w| findings.add(&w.findings));
+                Some(Row {
+                    workload: self.workload.name.clone(),
+                    frame_bytes: self.workload.frame_bytes,
+                    connections: self.workload.connections,
+                    system: s.system.name().into(),
+                    mpps_median: round(f.median),
+                    ratio_vs_testpmd_io: base.map(|b| round(f.median / b)),
+                    ratio_vs_ovs: ovs.map(|b| round(f.median / b)),
+                    mpps_min: round(f.min),
+                    mpps_max: round(f.max),
+                    windows: f.count,
+                    placement: self.placement(),
+                    lost: findings.lost,
+                    wrong: findings.duplicated + findings.reordered + findings.corrupted,
+                })
+            })
+            .collect()
+    }
+}
+
+fn round(x: f64) -> f64 {
+    (x * 1000.0).round() / 1000.0
+}
+
+/// One line of the summary (`ferry-perf quick --json`).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Row {
+    /// Workload's name.
+    pub workload: String,
+    /// Length of each frame, bytes.
+    pub frame_bytes: usize,
+    /// Connections per pair of guests.
+    pub connections: u32,
+    /// Switch's name.
+    pub system: String,
+    /// Median over the windows that count, million frames delivered per second, all directions together.
+    pub mpps_median: f64,
+    /// That divided by testpmd's.
+    pub ratio_vs_testpmd_io: Option<f64>,
+    /// That divided by OVS's with the same job.
+    pub ratio_vs_ovs: Option<f64>,
+    /// Least of the windows.
+    pub mpps_min: f64,
+    /// Greatest of the windows.
+    pub mpps_max: f64,
+    /// Number of windows that count.
+    pub windows: usize,
+    /// Placement of the cores in them; `null` when no placement had windows of all switches, and all count.
+    pub placement: Option<Placement>,
+    /// Frames lost in all windows.
+    pub lost: u64,
+    /// Frames duplicated, reordered or corrupted in all windows.
+    pub wrong: u64,
+}
+
+/// A whole run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Run {
+    /// Version of this layout.
+    pub format: u32,
+    /// Where it was measured.
+    pub environment: Environment,
+    /// Throughput.
+    pub throughput: Vec<Measurement>,
+}
+
+impl Run {
+    /// The summary.
+    pub fn rows(&self) -> Vec<Row> {
+        self.throughput.iter().flat_map(Measurement::rows).collect()
+    }
+}
+
+/// The summary as text, for terminals.
+pub fn table(rows: &[Row]) -> String {
+    use std::fmt::Write;
+    let mut t = format!(
+        "{:<26} {:<16} {:>8} {:>17} {:>3} {:>5} {:>9} {:>7} {:>8} {:>5}\n",
+        "workload", "system", "Mpps", "min..max", "n", "cores", "x testpmd", "x OVS", "lost", "wrong"
+    );
+    let ratio = |r: Option<f64>| r.map_or("-".into(), |r| format!("{r:.2}"));
+    for r in rows {
+        let placement = match r.placement {
+            Some(Placement::Near) => "near",
+            Some(Placement::Far) => "far",
+            None => "mixed",
+        };
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            t,
+            "{:<26} {:<16} {:>8.2} {:>17} {:>3} {:>5} {:>9} {:>7} {:>8} {:>5}",
+            r.workload,
+            r.system,
+            r.mpps_median,
+            format!("{:.2}..{:.2}", r.mpps_min, r.mpps_max),
+            r.windows,
+            placement,
+            ratio(r.ratio_vs_testpmd_io),
+            ratio(r.ratio_vs_ovs),
+            r.lost,
+            r.wrong
+        );
+    }
+    t
+}

@@ -1,0 +1,442 @@
+//! A stream of frames in one direction, fully determined by sequence numbers, so that whoever sees one frame of it can say
+//! what the frame must look like, and whoever counts can say what is missing.
+//!
+//! Frame `n` belongs to connection `n mod connections` (or to the one that a skewed table names) and is that connection's
+//! `n div connections`-th: its *lap*. TCP numbers follow from the lap, so that there is no state per connection here.
+#![allow(unsafe_code)] // Its job: frames are written in place, in guest memory.
+use crate::frame::{FrameKind, STAMP, Station, Transport, flags, fold, sum_words};
+
+/// First data byte of every TCP connection.
+const TCP_START: u32 = 1000;
+
+/// Ports of a conversation's opener and answerer.
+const OPENER_PORT: u16 = 1024;
+/// First port of the answerer.
+pub const ANSWERER_PORT: u16 = 5000;
+/// Connections that differ in the opener's port alone.
+const PER_ANSWERER_PORT_LOG2: u32 = 15;
+
+/// Most connections that the scheme can tell apart.
+pub const MAX_CONNECTIONS: u32 = 1 << 30;
+
+/// How frames are spread over connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Spread {
+    /// One after the other.
+    #[default]
+    Uniform,
+    /// Connection `k` (from 1) in proportion to `1/k`.
+    Skewed,
+}
+
+/// Which part of a TCP conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Opener's SYN.
+    Syn,
+    /// Answerer's SYN-ACK.
+    SynAck,
+    /// Opener's ACK, without data.
+    Ack,
+    /// Data in either direction, and all UDP.
+    Data,
+    /// FIN-ACK; the opener sends it first.
+    Fin,
+    /// Opener's last ACK, of the answerer's FIN.
+    LastAck,
+}
+
+/// A stream's description.
+#[derive(Clone, Debug)]
+pub struct StreamSpec {
+    /// What its data frames look like.
+    pub kind: FrameKind,
+    /// Who sends.
+    pub from: Station,
+    /// Who receives.
+    pub to: Station,
+    /// Whether the sender has opened the connections.
+    pub opener: bool,
+    /// Number of connections.
+    pub connections: u32,
+    /// How frames are spread over them.
+    pub spread: Spread,
+}
+
+/// Which frame of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Position {
+    /// Sequence number.
+    pub seq: u32,
+    /// Connection.
+    pub connection: u32,
+    /// How many frames of this connection (uniform spread) went before.
+    pub lap: u32,
+}
+
+/// Writes the frames of one step of a stream.
+#[derive(Clone, Debug)]
+pub struct Frames {
+    spec: StreamSpec,
+    step: Step,
+    bytes: usize,
+    template: Vec<u8>,
+    /// Sum of the pseudo-header and the template's transport part.
+    sum: u32,
+    checksum_at: usize,
+    ports_at: usize,
+    stamp_at: usize,
+    table: Vec<u32>,
+    next: Position,
+    /// Lap of the other direction that this one acknowledges.
+    pub acknowledged: u32,
+}
+
+const SKEW_TABLE: usize = 1 << 16;
+
+/// Connections for `SKEW_TABLE` successive frames, by Zipf's law with exponent 1, in a fixed pseudo-random order.
+fn skewed(connections: u32) -> Vec<u32> {
+    let total = f64::from(connections).ln() + 0.577;
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    (0..SKEW_TABLE)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            // The inverse of the harmonic numbers' approximation ln(k) + 0.577.
+            let u = (state >> 11) as f64 / (1u64 << 53) as f64;
+            let k = (u * total - 0.577).exp();
+            (k as u32).min(connections - 1)
+        })
+        .collect()
+}
+
+impl Frames {
+    /// The frames of one step.
+    pub fn new(spec: &StreamSpec, step: Step) -> Self {
+        assert!((1..=MAX_CONNECTIONS).contains(&spec.connections), "between 1 and {MAX_CONNECTIONS} connections");
+        let table = match spec.spread {
+            Spread::Skewed if step == Step::Data && spec.connections > 1 => skewed(spec.connections),
+            _ => Vec::new(),
+        };
+        let kind = spec.kind;
+        let mut template = kind.build(&spec.from, &spec.to);
+        let stamped = step == Step::Data;
+        if !stamped {
+            template = control_segment(&kind, &spec.from, &spec.to, step);
+        }
+        let bytes = template.len();
+        // Padding behind the IP packet is no part of the sum.
+        let ip_end = ip_end(&kind, &template);
+        let sum = kind.transport_sum(&template[..ip_end]);
+        Self {
+            spec: spec.clone(),
+            step,
+            bytes,
+            template,
+            sum,
+            checksum_at: kind.checksum_at(),
+            ports_at: kind.transport_at(),
+            stamp_at: kind.payload_at(),
+            table,
+            next: Position::default(),
+            acknowledged: 0,
+        }
+    }
+
+    /// Goes on where another step of the same stream has stopped.
+    pub fn at(mut self, next: Position) -> Self {
+        self.next = next;
+        self
+    }
+
+    /// Length of each frame, bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// What never changes; to be copied to each buffer before [`Self::write_next`] is used on it.
+    pub fn template(&self) -> &[u8] {
+        &self.template
+    }
+
+    /// The frame that [`Self::write_next`] writes next.
+    pub fn next(&self) -> Position {
+        self.next
+    }
+
+    /// The description.
+    pub fn spec(&self) -> &StreamSpec {
+        &self.spec
+    }
+
+    /// The position of the frame with this sequence number.
+    pub fn position(&self, seq: u32) -> Position {
+        let n = self.spec.connections;
+        let connection = if self.table.is_empty() { seq % n } else { self.table[seq as usize % SKEW_TABLE] };
+        Position { seq, connection, lap: seq / n }
+    }
+
+    #[inline]
+    fn advance(&mut self) -> Position {
+        let mut p = self.next;
+        self.next.seq = p.seq.wrapping_add(1);
+        self.next.connection += 1;
+        if self.next.connection == self.spec.connections {
+            self.next.connection = 0;
+            self.next.lap = self.next.lap.wrapping_add(1);
+        }
+        if !self.table.is_empty() {
+            p.connection = self.table[p.seq as usize % SKEW_TABLE];
+        }
+        p
+    }
+
+    /// Writes the next frame's own parts into a buffer that holds the template.
+    ///
+    /// # Safety
+    /// `frame` must be valid for writes of [`Self::bytes`] bytes.
+    #[inline]
+    pub unsafe fn write_next(&mut self, frame: *mut u8) {
+        let position = self.advance();
+        // SAFETY: as this function's.
+        unsafe { self.write(frame, position, self.acknowledged) };
+    }
+
+    /// Writes a whole frame of this step for a connection, template included.
+    ///
+    /// # Safety
+    /// `frame` must be valid for writes of [`Self::bytes`] bytes.
+    #[inline]
+    pub unsafe fn write_connection(&self, frame: *mut u8, connection: u32) {
+        // SAFETY: as this function's.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.template.as_ptr(), frame, self.template.len());
+            self.write(frame, Position { seq: 0, connection, lap: 0 }, 0);
+        }
+    }
+
+    /// TCP sequence number of this step's first frame.
+    pub fn sequence_number(&self) -> u32 {
+        self.tcp_numbers(0, 0).0
+    }
+
+    /// Ports of a connection as (source, destination).
+    #[inline]
+    fn ports(&self, connection: u32) -> (u16, u16) {
+        let opener = OPENER_PORT + (connection & ((1 << PER_ANSWERER_PORT_LOG2) - 1)) as u16;
+        let answerer = ANSWERER_PORT.wrapping_add((connection >> PER_ANSWERER_PORT_LOG2) as u16);
+        if self.spec.opener { (opener, answerer) } else { (answerer, opener) }
+    }
+
+    /// Writes a frame's own parts.
+    ///
+    /// # Safety
+    /// `frame` must be valid for writes of [`Self::bytes`] bytes.
+    #[inline]
+    unsafe fn write(&self, frame: *mut u8, p: Position, acknowledged: u32) {
+        let (source, destination) = self.ports(p.connection);
+        let ports = u32::from(source.to_be()) | u32::from(destination.to_be()) << 16;
+        let mut sum = self.sum + (ports & 0xffff) + (ports >> 16);
+        // SAFETY: the offsets lie inside the frame: the template was built with them.
+        unsafe {
+            frame.add(self.ports_at).cast::<u32>().write_unaligned(ports);
+            if self.spec.kind.transport == Transport::Tcp {
+                let (seq, ack) = self.tcp_numbers(p.lap, acknowledged);
+                let (seq, ack) = (seq.to_be(), ack.to_be());
+                frame.add(self.ports_at + 4).cast::<u32>().write_unaligned(seq);
+                frame.add(self.ports_at + 8).cast::<u32>().write_unaligned(ack);
+                sum += (seq & 0xffff) + (seq >> 16) + (ack & 0xffff) + (ack >> 16);
+            }
+            let mut checksum = !fold(sum);
+            if checksum == 0 {
+                checksum = 0xffff; // in UDP zero means "none"; in TCP both mean zero
+            }
+            frame.add(self.checksum_at).cast::<u16>().write_unaligned(checksum);
+            if self.step == Step::Data {
+                let stamp = u64::from(p.seq.to_be()) | u64::from(!p.seq.to_be()) << 32;
+                frame.add(self.stamp_at).cast::<u64>().write_unaligned(stamp);
+            }
+        }
+    }
+
+    /// Sequence and acknowledgement numbers of a frame.
+    #[inline]
+    fn tcp_numbers(&self, lap: u32, acknowledged: u32) -> (u32, u32) {
+        let payload = self.spec.kind.payload_bytes() as u32;
+        let data = TCP_START.wrapping_add(lap.wrapping_mul(payload));
+        let other = TCP_START.wrapping_add(acknowledged.wrapping_mul(payload));
+        match self.step {
+            Step::Syn => (TCP_START - 1, 0),
+            Step::SynAck => (TCP_START - 1, TCP_START),
+            Step::Ack => (TCP_START, TCP_START),
+            Step::Data => (data, other),
+            // The opener ends first; the answerer's FIN acknowledges it.
+            Step::Fin if self.spec.opener => (TCP_START, TCP_START),
+            Step::Fin => (TCP_START, TCP_START + 1),
+            Step::LastAck => (TCP_START + 1, TCP_START + 1),
+        }
+    }
+
+    /// The sequence number that a data frame carries; `None` when it is not intact.
+    pub fn stamp(&self, frame: &[u8]) -> Option<u32> {
+        let (seq, rest) = frame.get(self.stamp_at..)?.split_first_chunk::<4>()?;
+        let (complement, _) = rest.split_first_chunk::<4>()?;
+        let (seq, complement) = (u32::from_be_bytes(*seq), u32::from_be_bytes(*complement));
+        (seq == !complement).then_some(seq)
+    }
+
+    /// Whether a data frame is, byte for byte, what was sent as number `seq`. TCP's acknowledgement may be any.
+    pub fn intact(&self, frame: &[u8], seq: u32, scratch: &mut Vec<u8>) -> bool {
+        if frame.len() != self.bytes {
+            return false;
+        }
+        scratch.clear();
+        scratch.extend_from_slice(&self.template);
+        let acknowledged = match self.spec.kind.transport {
+            Transport::Udp => 0,
+            Transport::Tcp => {
+                let at = self.ports_at + 8;
+                let bytes = [frame[at], frame[at + 1], frame[at + 2], frame[at + 3]];
+                let data = u32::from_be_bytes(bytes).wrapping_sub(TCP_START);
+                data / (self.spec.kind.payload_bytes() as u32)
+            }
+        };
+        // SAFETY: the scratch holds the template: `bytes` bytes.
+        unsafe { self.write(scratch.as_mut_ptr(), self.position(seq), acknowledged) };
+        frame == scratch.as_slice()
+    }
+
+    /// The connection that a frame of either direction of this conversation belongs to, by its ports.
+    #[inline]
+    pub fn connection_of(source: u16, destination: u16) -> u32 {
+        let (opener, answerer) =
+            if source >= ANSWERER_PORT && destination < source { (destination, source) } else { (source, destination) };
+        u32::from(answerer.wrapping_sub(ANSWERER_PORT)) << PER_ANSWERER_PORT_LOG2
+            | u32::from(opener.wrapping_sub(OPENER_PORT))
+    }
+}
+
+fn ip_end(kind: &FrameKind, frame: &[u8]) -> usize {
+    if kind.ipv6 {
+        14 + 40 + usize::from(u16::from_be_bytes([frame[18], frame[19]]))
+    } else {
+        14 + usize::from(u16::from_be_bytes([frame[16], frame[17]]))
+    }
+}
+
+/// A TCP segment without data, padded to Ethernet's 60 bytes. SYN segments scale windows by 2^14, so that any number of
+/// frames may be under way.
+fn control_segment(kind: &FrameKind, from: &Station, to: &Station, step: Step) -> Vec<u8> {
+    let options: &[u8] = match step {
+        Step::Syn | Step::SynAck => &[1, 3, 3, 14],
+        _ => &[],
+    };
+    let mut f = FrameKind { bytes: kind.shortest(), ..*kind }.build(from, to);
+    let l4 = kind.transport_at();
+    f.truncate(kind.payload_at());
+    f.extend_from_slice(options);
+    f[l4 + 12] = ((20 + options.len()) / 4 << 4) as u8;
+    f[l4 + 13] = match step {
+        Step::Syn => flags::SYN,
+        Step::SynAck => flags::SYN | flags::ACK,
+        Step::Fin => flags::FIN | flags::ACK,
+        _ => flags::ACK,
+    };
+    if kind.ipv6 {
+        let length = (f.len() - l4) as u16;
+        f[18..20].copy_from_slice(&length.to_be_bytes());
+    } else {
+        let length = (f.len() - 14) as u16;
+        f[16..18].copy_from_slice(&length.to_be_bytes());
+        f[24..26].fill(0);
+        let sum = !fold(sum_words(&f[14..34], 0));
+        f[24..26].copy_from_slice(&sum.to_ne_bytes());
+    }
+    f.resize(f.len().max(60), 0);
+    f
+}
+
+const _: () = assert!(STAMP == 8);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ferry_dataplane::packet::{IpProto, parse};
+
+    fn spec(transport: Transport, bytes: usize, ipv6: bool, connections: u32, opener: bool) -> StreamSpec {
+        let kind = FrameKind { bytes, transport, ipv6 };
+        let (from, to) = (Station::new(1), Station::new(2));
+        StreamSpec { kind, from, to, opener, connections, spread: Spread::Uniform }
+    }
+
+    fn frame(frames: &mut Frames) -> Vec<u8> {
+        let mut f = frames.template().to_vec();
+        // SAFETY: a whole frame.
+        unsafe { frames.write_next(f.as_mut_ptr()) };
+        f
+    }
+
+    #[test]
+    fn every_frame_is_valid_and_recognised() {
+        for (transport, ipv6) in
+            [(Transport::Udp, false), (Transport::Tcp, false), (Transport::Udp, true), (Transport::Tcp, true)]
+        {
+            for bytes in [82, 1518] {
+                for connections in [1, 7, 100_000] {
+                    let spec = spec(transport, bytes, ipv6, connections, true);
+                    let mut frames =
+                        Frames::new(&spec, Step::Data).at(Position { seq: 5 * connections, connection: 0, lap: 5 });
+                    frames.acknowledged = 3;
+                    let mut scratch = Vec::new();
+                    for i in 0..20 {
+                        let mut f = frame(&mut frames);
+                        assert!(spec.kind.checksum_right(&f), "{spec:?}");
+                        assert_eq!(frames.stamp(&f), Some(5 * connections + i));
+                        assert!(frames.intact(&f, 5 * connections + i, &mut scratch));
+                        assert!(!frames.intact(&f, 5 * connections + i + 1, &mut scratch));
+                        let last = f.len() - 1;
+                        f[last] ^= 4;
+                        assert!(!frames.intact(&f, 5 * connections + i, &mut scratch));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn handshake_frames_parse_and_have_right_checksums() {
+        for ipv6 in [false, true] {
+            for step in [Step::Syn, Step::SynAck, Step::Ack, Step::Fin, Step::LastAck] {
+                let spec = spec(Transport::Tcp, 128, ipv6, 40_000, true);
+                let mut frames = Frames::new(&spec, step).at(Position { seq: 33_000, connection: 33_000, lap: 0 });
+                let f = frame(&mut frames);
+                let end = ip_end(&spec.kind, &f);
+                assert!(f.len() >= 60 && spec.kind.checksum_right(&f[..end]), "{step:?}");
+                let headers = parse(&f, f.len() as u32).expect("parses");
+                assert_eq!(headers.l4.map(|l4| l4.proto), Some(IpProto::TCP));
+                let ports = [
+                    u16::from_be_bytes([f[spec.kind.transport_at()], f[spec.kind.transport_at() + 1]]),
+                    u16::from_be_bytes([f[spec.kind.transport_at() + 2], f[spec.kind.transport_at() + 3]]),
+                ];
+                assert_eq!(Frames::connection_of(ports[0], ports[1]), 33_000);
+                assert_eq!(Frames::connection_of(ports[1], ports[0]), 33_000);
+            }
+        }
+    }
+
+    #[test]
+    fn skewed_streams_prefer_few_connections() {
+        let spec = StreamSpec { spread: Spread::Skewed, ..spec(Transport::Udp, 64, false, 100_000, true) };
+        let mut frames = Frames::new(&spec, Step::Data);
+        let mut first_hundred = 0;
+        for _ in 0..10_000 {
+            let p = frames.advance();
+            assert_eq!(p, Position { lap: p.lap, ..frames.position(p.seq) });
+            first_hundred += u32::from(p.connection < 100);
+        }
+        // ln(100) / ln(100,000) = 40 %
+        assert!((3000..5500).contains(&first_hundred), "{first_hundred}");
+    }
+}

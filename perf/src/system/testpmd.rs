@@ -1,0 +1,67 @@
+//! DPDK's testpmd over its vhost library: moves frames from one port to the next without looking at them, the most that any
+//! switch over that library can reach.
+use super::{Kind, Setup, System, socket_paths};
+use crate::process::Process;
+use anyhow::{Context, Result, bail};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+/// A running testpmd.
+pub struct Testpmd {
+    process: Process,
+    sockets: Vec<PathBuf>,
+}
+
+impl Testpmd {
+    /// Starts it, forwarding.
+    ///
+    /// # Errors
+    /// When it is missing, or there are no huge pages.
+    pub fn start(setup: &Setup) -> Result<Self> {
+        if setup.ports % 2 != 0 {
+            bail!("testpmd forwards between pairs of ports");
+        }
+        let folder = setup.folder(Kind::TestpmdIo.name())?;
+        let sockets = socket_paths(&folder, setup.ports);
+        let mut c = Command::new("stdbuf");
+        c.args(["-o0", "dpdk-testpmd"]);
+        c.arg(format!("--lcores=0@{},1@{}", setup.generator_core, setup.switch_core));
+        c.args(["--in-memory", "--no-pci", "--no-telemetry", "-m", "512"]);
+        for (i, socket) in sockets.iter().enumerate() {
+            c.arg(format!("--vdev=net_vhost{i},iface={},queues=1", socket.display()));
+        }
+        c.args(["--", "-i", "--nb-cores=1", "--forward-mode=io", "--auto-start", "--no-mlockall", "--burst=32"]);
+        c.args(["--total-num-mbufs=65536", "--no-lsc-interrupt"]);
+        if setup.mtu > 1500 {
+            c.arg(format!("--max-pkt-len={}", setup.mtu + 18));
+        }
+        let mut process = Process::start(c, &folder.join("log")).context("apt-get install dpdk-dev")?;
+        process.wait_for("prompt", Duration::from_secs(30), |p| p.log().contains("testpmd> "))?;
+        let wanted = sockets.clone();
+        process.wait_for("sockets", Duration::from_secs(10), |_| wanted.iter().all(|s| s.exists()))?;
+        Ok(Self { process, sockets })
+    }
+}
+
+impl System for Testpmd {
+    fn kind(&self) -> Kind {
+        Kind::TestpmdIo
+    }
+
+    fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
+    }
+
+    fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    fn connections(&mut self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
