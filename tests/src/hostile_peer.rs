@@ -14,7 +14,7 @@ use std::time::Duration;
 /// Bound for the answer of a listener.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Connections that say nothing.
-const SILENT: usize = 8;
+const SILENT: usize = 4;
 
 /// Who a client says it is.
 #[derive(Clone, Copy, Debug)]

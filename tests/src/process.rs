@@ -142,15 +142,13 @@ impl Process {
         crate::wait::for_some(&format!("end of {}", self.name), timeout, || self.ended())
     }
 
-    /// Size of its address space, bytes.
+    /// Sum of its anonymous writable mappings of at least `least` bytes each: large tables, but neither heaps nor stacks.
     ///
     /// # Errors
     /// When it has ended.
-    pub fn address_space(&self) -> Result<u64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
-        let line = status.lines().find_map(|l| l.strip_prefix("VmSize:")).context("no VmSize")?;
-        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().context("VmSize")?;
-        Ok(kib * 1024)
+    pub fn large_memory(&self, least: u64) -> Result<u64> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid()))?;
+        Ok(maps.lines().filter_map(anonymous_bytes).filter(|bytes| *bytes >= least).sum())
     }
 
     /// Processor time (user and system) used so far by all its threads.
@@ -173,6 +171,16 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Size of a mapping, from its line in `maps` (proc(5)), if it is anonymous and writable.
+fn anonymous_bytes(line: &str) -> Option<u64> {
+    let mut fields = line.split_whitespace();
+    let (range, mode) = (fields.next()?, fields.next()?);
+    let (start, end) = range.split_once('-')?;
+    let hex = |text| u64::from_str_radix(text, 16).ok();
+    let anonymous = fields.nth(2)? == "0" && fields.next().is_none();
+    (anonymous && mode == "rw-p").then_some(hex(end)?.checked_sub(hex(start)?)?)
 }
 
 /// Runs a command to its end and returns its standard output.
@@ -250,6 +258,16 @@ mod tests {
         assert!(exists(pid));
         drop(p);
         assert!(!exists(pid));
+    }
+
+    #[test]
+    fn only_large_anonymous_mappings_count() {
+        assert_eq!(anonymous_bytes("7f0000000000-7f0000001000 rw-p 00000000 00:00 0 "), Some(4096));
+        assert_eq!(anonymous_bytes("7f0000000000-7f0000001000 r--p 00000000 00:00 0"), None);
+        assert_eq!(anonymous_bytes("7f0000000000-7f0000001000 rw-p 00000000 08:01 77 /usr/lib/x.so"), None);
+        let dir = tempfile::tempdir().unwrap();
+        let p = Process::spawn(sh("exec sleep 60"), &dir.path().join("log")).unwrap();
+        assert_eq!(p.large_memory(1 << 30).unwrap(), 0);
     }
 
     #[test]

@@ -24,6 +24,8 @@ pub struct FlowStatus {
     pub state: String,
     /// The other host.
     pub peer: String,
+    /// How often the channel was set up.
+    pub attempt: u32,
     /// Milliseconds since 1970.
     pub began_at_ms: u64,
     /// Absent: under way.
