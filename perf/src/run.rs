@@ -500,7 +500,10 @@ fn exchange_turn(
     let deadline = Instant::now() + Duration::from_secs(10);
     let ready = |pair: &mut Pair<SplitRing>| match transport {
         Transport::Udp => pair.ping_pong(Duration::from_millis(20)).map(drop),
-        Transport::Tcp => pair.handshakes(0, 32, false).map(drop),
+        Transport::Tcp => match pair.handshakes(0, 32, false) {
+            Ok(h) if h.failed > 0 => Err(anyhow::anyhow!("{} of 32 connections failed", h.failed)),
+            other => other.map(drop),
+        },
     };
     while let Err(e) = ready(pair) {
         if Instant::now() > deadline {
