@@ -256,6 +256,7 @@ impl<R: DriverRing> Pair<R> {
                     let connection = Frames::connection_of(
                         u16::from_be_bytes([header[0], header[1]]),
                         u16::from_be_bytes([header[2], header[3]]),
+                        other_end,
                     );
                     let index = connection.wrapping_sub(first);
                     if index >= count {
