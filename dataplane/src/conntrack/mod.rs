@@ -28,8 +28,10 @@ mod icmp;
 mod key;
 mod map;
 mod pick_up;
+mod plain;
 mod portable;
 mod sctp;
+mod steady;
 mod table;
 mod tcp;
 mod tracker;
@@ -43,6 +45,7 @@ pub use dissect::{
 pub use entry::{Connection, Decision, Tally, Traffic};
 pub use frag::{Accepted, Datagram, DatagramId, FragmentQueue, FragmentRefusal, FragmentStats};
 pub use key::{Flow, Key, Toward, Way};
+pub(crate) use map::Likely;
 #[cfg(any(test, feature = "testing"))]
 pub use map::sample;
 pub use map::{
@@ -50,11 +53,13 @@ pub use map::{
     Tombstone, Uncollected, VERSION_BITS, VERSION_MAX, newer,
 };
 pub use pick_up::PickUp;
+pub(crate) use plain::Plain;
 pub use portable::{
     MAX_AGE_MS, MAX_TCP_WINDOW, Portable, PortableError, PortableKey, PortableSctp, PortableSide, PortableState,
     PortableTcp,
 };
 pub use sctp::SctpState;
+pub(crate) use steady::{Terms, steady};
 pub use table::{Change, ConnTable, InsertError, ModelTable, Stored};
 pub use tcp::TcpState;
 pub use tracker::{Judgement, Tracked, Tracker};

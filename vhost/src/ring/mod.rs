@@ -20,7 +20,6 @@
 //! | `transmit` | frames into chains of the guest's receive queue |
 #![allow(unsafe_code)] // Its job here: vouching for the ring areas that the formats are built on.
 mod chain;
-mod copy;
 mod packed;
 mod receive;
 mod split;

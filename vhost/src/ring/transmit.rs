@@ -3,11 +3,11 @@
 //! A frame either goes in whole or leaves the ring as it was: buffers are looked for first, and taken only when they
 //! suffice. The one exception are malformed chains, which go back to the guest unused so that they cannot block the ring.
 #![allow(unsafe_code)] // Its job: writing into guest buffers.
+use ferry_dataplane::copy::copy;
 use ferry_dataplane::counters::DropReason;
 use ferry_dataplane::frame::{BURST, TxFrame};
 use ferry_dataplane::port::TxReport;
 
-use super::copy::copy;
 use super::{Chain, Core, Fault, Format, MAX_BURST_DESCRIPTORS, Sink, VringCounters};
 use crate::net_header::{self, RawHeader, feature};
 

@@ -111,6 +111,24 @@ impl Index {
         })
     }
 
+    /// The first slot that may have the key.
+    #[inline(always)]
+    pub fn first(&self, places: &Places) -> Option<u32> {
+        let [a, b] = places.buckets;
+        self.first_in(a, places.tag).or_else(|| self.first_in(b, places.tag))
+    }
+
+    #[inline(always)]
+    fn first_in(&self, bucket: u32, tag: u32) -> Option<u32> {
+        let bucket = self.bucket(bucket)?;
+        let hits = matches(bucket, tag, self.slot_bits);
+        if hits == 0 {
+            return None;
+        }
+        let word = bucket.get(hits.trailing_zeros() as usize)?.load(Ordering::Acquire);
+        Some(self.slot(word))
+    }
+
     /// Every slot in a key's buckets.
     pub fn neighbours(&self, places: &Places) -> impl Iterator<Item = u32> {
         places

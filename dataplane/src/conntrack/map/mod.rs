@@ -58,7 +58,8 @@ use hash::Hasher;
 use index::{Index, Places, Position, prefetch};
 use meta::{Meta, State, newest, next};
 use slab::{SHARDS, Slab};
-use slot::{Busy, KeyWords};
+use slot::Busy;
+pub(super) use slot::{KeyWords, Look};
 use stats::Counters;
 use sync::{AtomicU32, AtomicU64, Ordering, fence, spin};
 
@@ -141,6 +142,15 @@ pub enum Imported {
     Older,
     /// Not stored: no room, and nothing that may be evicted; or other threads kept the key's places busy.
     Full,
+}
+
+/// The slot in which a key's entry probably is, if anywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Likely(u32);
+
+impl Likely {
+    /// None.
+    pub(crate) const NONE: Self = Self(u32::MAX);
 }
 
 /// Another slot with a key.
@@ -278,6 +288,37 @@ impl ConnMap {
             slot.prefetch_rest();
             None
         });
+    }
+
+    /// As [`Self::prefetch_entries`], which tells the slot that is probably the key's.
+    #[inline(always)]
+    pub(crate) fn prefetch_likely(&self, hash: u64) -> Likely {
+        let found = self.index.first(&self.index.places(hash));
+        if let Some(slot) = found.and_then(|number| self.slab.slot(number)) {
+            prefetch(slot);
+            slot.prefetch_second();
+        }
+        Likely(found.unwrap_or(u32::MAX))
+    }
+
+    /// Key `words`' entry in a slot that is probably its.
+    #[inline(always)]
+    pub(super) fn look(&self, likely: Likely, key: &KeyWords) -> Option<Look<'_>> {
+        self.slab.slot(likely.0)?.look(key)
+    }
+
+    /// An entry's time, windows or counters were changed.
+    #[inline(always)]
+    pub(super) fn note_bookkeeping(&self, likely: Likely) {
+        if self.dirty.is_on() {
+            self.dirty.lagging.set(likely.0);
+        }
+    }
+
+    /// Hash of a key's words.
+    #[inline(always)]
+    pub(crate) fn hash_words(&self, key: KeyWords) -> u64 {
+        self.hasher.hash(key)
     }
 
     /// The entry with this key, expired or not; from any thread.
