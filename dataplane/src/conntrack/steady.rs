@@ -141,6 +141,7 @@ fn steady_tcp(
 
 #[cfg(all(test, not(loom)))]
 mod tests {
+    use super::super::PickUp;
     use super::super::dissect::{Checksum, Dissected, Packet, Transport, dissect};
     use super::super::table::{Change, ConnTable};
     use super::super::tracker::{Judgement, judge};
@@ -348,7 +349,7 @@ mod tests {
         let packet = Packet { zone: Some(9), ..Packet::whole(&frame, sent.toward, Checksum::Verify) };
         let Ok(dissected) = dissect(&packet, true) else { return Judgement::Held };
         let mut table = handle_of(map);
-        let mut judgement = judge(&mut table, config, dither, &dissected, now_ms);
+        let mut judgement = judge(&mut table, config, &PickUp::default(), dither, &dissected, now_ms);
         if let Judgement::Tracked(tracked) = &mut judgement
             && tracked.fresh
             && let Some(connection) = &mut tracked.connection
