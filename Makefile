@@ -8,9 +8,9 @@ help: ## List the targets
 deps: ## Install what is missing: Debian packages, cargo-nextest
 	@scripts/deps.sh
 
-demo: deps ## Two QEMU guests and a namespace behind an uplink exchange data; counters live (needs root)
+demo: deps ## Guests under a strict firewall, and one that moves live with 10,000 connections; figures in target/demo.json (needs root)
 	@cargo build --quiet -p ferry-control -p ferry-tests --bins
-	@target="$${CARGO_TARGET_DIR:-target}" && timeout --signal=TERM 180 "$$target/debug/ferry-demo"
+	@target="$${CARGO_TARGET_DIR:-target}" && timeout --signal=TERM 400 "$$target/debug/ferry-demo"
 
 test: deps ## All checks and tests; end-to-end tests need root
 	@scripts/test

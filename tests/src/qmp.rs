@@ -70,6 +70,17 @@ impl Qmp {
         }
     }
 
+    /// When the last event called `name` happened of those that have come so far, as time since 1970 by QEMU's clock, which is the host's.
+    ///
+    /// # Errors
+    /// When none has.
+    pub fn event_time(&self, name: &str) -> Result<Duration> {
+        let event =
+            self.events.iter().rev().find(|e| e["event"] == name).with_context(|| format!("no event {name}"))?;
+        let part = |field| event["timestamp"][field].as_u64().context("event without a time");
+        Ok(Duration::from_secs(part("seconds")?) + Duration::from_micros(part("microseconds")?))
+    }
+
     /// Takes the next event called `name`, waiting for it; other events before it are dropped.
     ///
     /// # Errors

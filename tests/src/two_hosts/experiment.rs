@@ -278,7 +278,7 @@ pub fn run(
 
     guest.call(Command::UdpHold { port: HOLD_PORT }, PATIENCE)?;
     let ticks = hosts.peer.start_ticks(address, load.tick)?;
-    let probe = begin_probe(hosts, address, load.tick)?;
+    let probe = Probe::begin(hosts, load.family, load.tick)?;
     let dirt =
         handle(guest.call(Command::DirtyStart { size_mb: load.dirty_mb, mb_per_s: load.dirty_mb_per_s }, PATIENCE)?)?;
     let since_ms = now_ms();
@@ -301,7 +301,7 @@ pub fn run(
     wait_rounds(&mut moving, load.rounds)?;
     let stream = hosts.peer.start_transfer(address, Direction::Send, STREAM_SEED, STREAM_BYTES, 1)?;
     moving.source.call(Command::DirtyStop { handle: dirt }, PATIENCE)?;
-    let Migrated { mut guest, downtime_ms, rounds } = moving.finish()?;
+    let Migrated { mut guest, downtime_ms, rounds, .. } = moving.finish()?;
     observe(Step::Arrived);
     let arrived = at.other();
     hosts.wait_up(arrived).map_err(|e| guest.explain(e))?;
@@ -311,7 +311,7 @@ pub fn run(
     let before = hosts.peer.ticks(ticks, false)?;
     thread::sleep(OBSERVED);
     let after = hosts.peer.ticks(ticks, true)?;
-    let probe_gap_ms = end_probe(hosts, probe)?.max_gap_us / 1000;
+    let probe_gap_ms = probe.end(hosts)?.max_gap_us / 1000;
     let lives = hosts.plan.flow_migration;
     let connections_after = connections.count_alive(hosts, &guest, if lives { ALIVE } else { HANGING })?;
     check_hangs(hosts, revocable)?;
@@ -354,14 +354,27 @@ pub fn run(
     Ok((Subject { guest, at: arrived, connections }, report))
 }
 
-fn begin_probe(hosts: &TwoHosts, address: IpAddr, interval: Duration) -> Result<u64> {
-    let to = SocketAddr::new(address, UDP_ECHO_PORT);
-    let interval_us = interval.as_micros() as u64;
-    handle(hosts.peer.call(Command::UdpProbeBegin { to, payload_bytes: 64, interval_us }, PATIENCE)?)
-}
+/// Datagrams that the guest echoes to the peer. The policy lets them in at any time, so they show the gap of a migration itself.
+pub struct Probe(u64);
 
-fn end_probe(hosts: &TwoHosts, handle: u64) -> Result<UdpReport> {
-    udp(hosts.peer.call(Command::UdpProbeEnd { handle }, PATIENCE)?)
+impl Probe {
+    /// Begins.
+    ///
+    /// # Errors
+    /// When the peer's agent does not answer.
+    pub fn begin(hosts: &TwoHosts, family: Family, interval: Duration) -> Result<Self> {
+        let to = SocketAddr::new(addresses(1, family).0, UDP_ECHO_PORT);
+        let interval_us = interval.as_micros() as u64;
+        handle(hosts.peer.call(Command::UdpProbeBegin { to, payload_bytes: 64, interval_us }, PATIENCE)?).map(Self)
+    }
+
+    /// Ends, and tells what was seen.
+    ///
+    /// # Errors
+    /// When the peer's agent does not answer.
+    pub fn end(self, hosts: &TwoHosts) -> Result<UdpReport> {
+        udp(hosts.peer.call(Command::UdpProbeEnd { handle: self.0 }, PATIENCE)?)
+    }
 }
 
 /// Nothing gets in where no rule allows it.

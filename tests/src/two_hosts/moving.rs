@@ -50,6 +50,8 @@ pub struct Migrated {
     pub guest: Guest,
     /// QEMU's own figure, milliseconds.
     pub downtime_ms: u64,
+    /// From the stop of the source's processors to the start of the destination's, by the time of QEMU's events.
+    pub stopped: Duration,
     /// Memory rounds that QEMU made.
     pub rounds: u64,
 }
@@ -189,10 +191,12 @@ impl Move {
         }
         let downtime_ms = end["downtime"].as_u64().context("QEMU tells no downtime")?;
         let rounds = end["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
+        let stopped_at = self.from.event_time("STOP")?;
         self.destination.adopt_agent(&mut self.source)?;
         drop(self.source);
         running(&mut self.to)?;
-        Ok(Migrated { guest: self.destination, downtime_ms, rounds })
+        let stopped = self.to.event_time("RESUME")?.saturating_sub(stopped_at);
+        Ok(Migrated { guest: self.destination, downtime_ms, stopped, rounds })
     }
 }
 

@@ -1,5 +1,7 @@
 //! `make demo`: a switch, two QEMU guests and a network namespace behind a DPDK uplink; data between all three under a strict
-//! firewall, and the firewall at work: allowed, denied, revoked while running.
+//! firewall, and the firewall at work: allowed, denied, revoked while running. Then a guest moves live between two switches.
+mod migration;
+
 use anyhow::{Context, Result, bail, ensure};
 use ferry_guest::protocol::{Direction, TransferReport};
 use ferry_guest::stream;
@@ -140,6 +142,7 @@ fn main() -> Result<()> {
     show_firewall(&mut ferryd, &vm1, &vm2, &outside, &step)?;
     drop((vm1, vm2));
     ferryd.stop()?;
+    migration::show(begin, &step)?;
     step("cleaned up. Demo passed.");
     Ok(())
 }
