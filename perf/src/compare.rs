@@ -136,7 +136,7 @@ mod tests {
             placement: None,
         };
         let throughput = vec![Measurement { workload, series }];
-        Run { format: 1, environment: Environment::default(), throughput, metrics: vec![metric] }
+        Run { format: 1, environment: Environment::default(), throughput, metrics: vec![metric], micro: String::new() }
     }
 
     #[test]

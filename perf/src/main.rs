@@ -49,7 +49,7 @@ enum Command {
         #[arg(long)]
         windows: Option<usize>,
     },
-    /// All workloads, with connection rate and latency. Takes about an hour.
+    /// All workloads, with connection rate and latency. Takes about half an hour.
     Run {
         /// Where the results go (JSON); the report goes beside it.
         #[arg(long, value_name = "FILE", default_value = "target/perf/results.json")]
@@ -63,6 +63,9 @@ enum Command {
         /// No latency and no rate of connections.
         #[arg(long)]
         throughput_only: bool,
+        /// Output of the micro-benchmarks, for the report.
+        #[arg(long, value_name = "FILE")]
+        micro: Option<PathBuf>,
     },
     /// Latency and rate of new connections only.
     Exchange {
@@ -205,7 +208,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 write(file, &(serde_json::to_string_pretty(&rows)? + "\n"))?;
             }
         }
-        Command::Run { output, only, budget_s, throughput_only } => {
+        Command::Run { output, only, budget_s, throughput_only, micro } => {
+            let micro =
+                micro.as_deref().map(std::fs::read_to_string).transpose().context("--micro")?.unwrap_or_default();
             let plan = Plan { budget: Duration::from_secs(*budget_s), ..Plan::full(generator_core, switch_core) };
             let mut workloads = workload::full();
             workloads.retain(|w| only.as_ref().is_none_or(|o| w.name.contains(o.as_str())));
@@ -217,12 +222,14 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                     environment: environment.clone(),
                     throughput: throughput.to_vec(),
                     metrics: metrics.to_vec(),
+                    micro: micro.clone(),
                 };
                 write(output, &(serde_json::to_string_pretty(&run)? + "\n"))?;
                 write(&output.with_extension("html"), &report::html(&run))
             };
             let mut bench = Bench::new(plan)?;
             let metrics = if *throughput_only { Vec::new() } else { exchanges(&mut bench, 5, None, &[])? };
+            save(&[], &metrics)?;
             throughput(&mut bench, &workloads, |done| save(done, &metrics))?;
             println!("{}\n{}", output.display(), output.with_extension("html").display());
         }

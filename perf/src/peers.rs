@@ -67,7 +67,7 @@ pub fn check() -> Vec<Result<String, String>> {
         })
         .collect();
     lines.push(match ovs::vswitchd() {
-        Some(path) => Ok(format!("{path}")),
+        Some(path) => Ok(path.to_string()),
         None => Err("ovs-vswitchd with DPDK is not where Debian puts it".into()),
     });
     for name in ["ferryd", "ferry"] {

@@ -129,7 +129,7 @@ pub fn html(run: &Run) -> String {
         "<!DOCTYPE html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>Ferry and its peers</title><style>\
          body{font:15px/1.45 system-ui,sans-serif;max-width:54em;margin:2em auto;padding:0 1em}\
          svg{display:block;margin:.6em 0 1.2em;max-width:100%}svg text{font:12px system-ui,sans-serif}svg .h{font-weight:600;font-size:13px}\
-         table{border-collapse:collapse;font-size:13px}td,th{padding:.15em .7em;text-align:right;border-bottom:1px solid #ddd}\
+         pre{font-size:11px;overflow-x:auto}table{border-collapse:collapse;font-size:13px}td,th{padding:.15em .7em;text-align:right;border-bottom:1px solid #ddd}\
          td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}.bad{color:#a00}</style></head><body>\
          <h1>Ferry and its peers, side by side</h1>",
     );
@@ -182,7 +182,11 @@ pub fn html(run: &Run) -> String {
             r.wrong
         );
     }
-    t + "</table></body></html>\n"
+    t += "</table>";
+    if !run.micro.is_empty() {
+        let _ = write!(t, "<h2>Micro-benchmarks</h2><pre>{}</pre>", escape(&run.micro));
+    }
+    t + "</body></html>\n"
 }
 
 #[cfg(test)]
@@ -208,10 +212,17 @@ mod tests {
         let workload = Workload::l2(64);
         let series = vec![failed(Kind::OvsL2)];
         let throughput = vec![Measurement { workload, series }];
-        let run = Run { format: 1, environment: Environment::default(), throughput, metrics: vec![metric] };
+        let run = Run {
+            format: 1,
+            environment: Environment::default(),
+            throughput,
+            metrics: vec![metric],
+            micro: "table <1>".into(),
+        };
         let page = html(&run);
         assert_eq!(page.matches("<svg").count(), 2);
         assert!(page.contains("no &lt;huge&gt; pages") && page.contains("ping-pong &lt;64&gt; p50"));
+        assert!(page.contains("<pre>table &lt;1&gt;</pre>"));
         for elsewhere in ["src=", "href=", "@import", "url("] {
             assert!(!page.contains(elsewhere), "{elsewhere}");
         }

@@ -231,6 +231,9 @@ pub struct Run {
     /// Everything else.
     #[serde(default)]
     pub metrics: Vec<Metric>,
+    /// Output of the micro-benchmarks, as it was printed.
+    #[serde(default)]
+    pub micro: String,
 }
 
 impl Run {

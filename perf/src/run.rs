@@ -451,8 +451,7 @@ fn exchange_rounds(
     };
     let mut failures = BTreeMap::new();
     let mut turns: BTreeMap<Kind, Vec<Turn>> = BTreeMap::new();
-    let mut pairs: Vec<(&mut Box<dyn System>, Option<Pair<SplitRing>>)> =
-        systems.into_iter().map(|s| (s, None)).collect();
+    let mut pairs: Vec<(&mut Box<dyn System>, Option<_>)> = systems.into_iter().map(|s| (s, None)).collect();
     for _ in 0..rounds {
         for (system, pair) in &mut pairs {
             let kind = system.kind();

@@ -336,7 +336,7 @@ fn control_segment(kind: &FrameKind, from: &Station, to: &Station, step: Step) -
     let l4 = kind.transport_at();
     f.truncate(kind.payload_at());
     f.extend_from_slice(options);
-    f[l4 + 12] = ((20 + options.len()) / 4 << 4) as u8;
+    f[l4 + 12] = (((20 + options.len()) / 4) << 4) as u8;
     f[l4 + 13] = match step {
         Step::Syn => flags::SYN,
         Step::SynAck => flags::SYN | flags::ACK,
