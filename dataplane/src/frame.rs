@@ -229,6 +229,20 @@ impl RxBurst {
         true
     }
 
+    /// Adds a frame that is one piece of `len` > 0 bytes. False, and nothing was added, when the burst is full.
+    ///
+    /// # Safety
+    /// As [`Self::push_segment`].
+    #[inline(always)]
+    pub unsafe fn push_frame(&mut self, addr: *const u8, len: u32, offload: Offload) -> bool {
+        let first = self.segments.len();
+        let Some(meta) = self.meta.get_mut(self.len).filter(|_| first < BURST_SEGMENTS) else { return false };
+        self.segments.push(Segment { addr, len });
+        *meta = FrameMeta { len, first_segment: first as u16, segments: 1, snapshot_len: 0, offload };
+        self.len += 1;
+        true
+    }
+
     /// Counts a frame that the port had to refuse before it could be handed over. It counts as received and dropped.
     #[inline]
     pub fn reject(&mut self, reason: DropReason) {
@@ -333,6 +347,15 @@ impl RxBurst {
         match (self.meta.get(i), self.snapshots.get(i)) {
             (Some(m), Some(s)) if i < self.len => (&s.0, usize::from(m.snapshot_len)),
             _ => (&NOTHING, 0),
+        }
+    }
+
+    /// Frame `i`'s private header copy with the room behind it, and its facts, changeable.
+    #[inline(always)]
+    pub fn frame_mut(&mut self, i: usize) -> Option<(&[u8; SNAPSHOT_BYTES], &mut FrameMeta)> {
+        match (self.meta.get_mut(i), self.snapshots.get(i)) {
+            (Some(meta), Some(snapshot)) if i < self.len => Some((&snapshot.0, meta)),
+            _ => None,
         }
     }
 

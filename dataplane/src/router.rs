@@ -12,7 +12,7 @@ use crate::counters::DropReason;
 use crate::enforce::pending::{Next, PendingFrame};
 use crate::enforce::quick::{Prospect, Quick};
 use crate::enforce::stage::{End, Outcome, Stage};
-use crate::frame::{BURST, FrameMeta, Gso, MAX_FRAME_BYTES, Offload, RxBurst};
+use crate::frame::{BURST, FrameMeta, Gso, MAX_FRAME_BYTES, Offload, RxBurst, SNAPSHOT_BYTES};
 use crate::offload::{BadOffload, VlanAction, validate};
 use crate::output::{Batch, Sender};
 use crate::packet::ethernet;
@@ -188,7 +188,8 @@ impl Router {
         let frames = burst.len().min(BURST);
         let mut i = 0;
         while i < frames {
-            let link = untagged(burst, i);
+            let (head, have) = burst.head(i);
+            let link = untagged(head, have);
             let mut way = None;
             if let Some(place) = classify(burst, i, source.port, sender) {
                 way = self.route_one(burst, source, &place, i, &mut recent, sender);
@@ -241,6 +242,7 @@ impl Router {
     ) {
         let mut near = source.port.firewall.as_ref().map(|fw| Quick::new(fw, Toward::Egress, thread, source.now_ns));
         let mut far: Option<Far<'_>> = None;
+        self.dither = next_dither(self.dither);
         let alive = self.look_at(burst, source, near.as_ref(), &mut far, thread, sender);
         self.locate(source, alive, near.as_ref(), &mut far, thread);
         let mut recent: Option<Recent> = None;
@@ -362,6 +364,12 @@ impl Router {
         }
     }
 
+    /// An evenly distributed number for frame `i` at one end.
+    #[inline(always)]
+    fn dither_of(&self, i: usize, end: u32) -> u32 {
+        (i as u32 * 2 + end).wrapping_mul(0x9e37_79b9) ^ self.dither
+    }
+
     /// The source's firewall lets frame `i` go.
     #[inline(always)]
     fn leaves<T>(
@@ -372,10 +380,9 @@ impl Router {
         near: &mut Quick<'_>,
         sender: &mut Sender,
     ) -> bool {
-        self.dither = next_dither(self.dither);
+        let dither = self.dither_of(i, 0);
         let Some(place) = self.places.get(i) else { return false };
-        if place.is_plain && near.passes(burst, i, place.src, place.vlan, &place.plain, &place.near, false, self.dither)
-        {
+        if place.is_plain && near.passes(burst, i, place.src, place.vlan, &place.plain, &place.near, false, dither) {
             return true;
         }
         let vlan = place.vlan;
@@ -419,7 +426,7 @@ impl Router {
         thread: usize,
         sender: &mut Sender,
     ) -> bool {
-        self.dither = next_dither(self.dither);
+        let dither = self.dither_of(i, 1);
         let Some(place) = self.places.get_mut(i) else { return false };
         if place.is_plain
             && face(far, source, output, thread)
@@ -429,7 +436,7 @@ impl Router {
                 place.far = quick.prepare(&place.plain, place.vlan);
                 quick.locate(&mut place.far);
             }
-            if quick.passes(burst, i, place.dst, place.vlan, &place.plain, &place.far, vouched, self.dither) {
+            if quick.passes(burst, i, place.dst, place.vlan, &place.plain, &place.far, vouched, dither) {
                 return true;
             }
         }
@@ -684,65 +691,67 @@ fn look_up<T>(
     }
 }
 
-/// Frame `i`'s addresses and EtherType, if it is an untagged one.
+/// Addresses and EtherType of a frame of which `head` has the first `have` bytes, if it is an untagged one.
 #[inline(always)]
-fn untagged(burst: &RxBurst, i: usize) -> Option<(Link, EtherType)> {
-    let (head, have) = burst.head(i);
-    let [a, b, c, d, e, f, g, h, ..] = *head;
-    let (first, rest) = (u64::from_be_bytes([a, b, c, d, e, f, g, h]), head.get(8..14)?.first_chunk::<6>()?);
-    let [s, t, u, v, x, y] = *rest;
+fn untagged(head: &[u8; SNAPSHOT_BYTES], have: usize) -> Option<(Link, EtherType)> {
+    let &[a, b, c, d, e, f, g, h, s, t, u, v, x, y, ..] = head;
+    let first = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
     let ethertype = EtherType(u16::from_be_bytes([x, y]));
     let src = first << 32 | u64::from(u32::from_be_bytes([s, t, u, v]));
     let link = Link { dst: MacAddr::from_u64(first >> 16), src: MacAddr::from_u64(src) };
-    (have >= 14 && Tpid::from_ethertype(ethertype).is_none()).then_some((link, ethertype))
+    (have >= ethernet::HEADER_BYTES && Tpid::from_ethertype(ethertype).is_none()).then_some((link, ethertype))
 }
 
 /// Frame `i` is an untagged one with these addresses, and nothing else about it matters to a plain switch.
 #[inline(always)]
 fn follows(burst: &mut RxBurst, i: usize, link: Link) -> bool {
-    untagged(burst, i).is_some_and(|(own, _)| own == link) && (!owes_work(burst, i) || owes_only_checksum(burst, i))
+    let Some((head, meta)) = burst.frame_mut(i) else { return false };
+    let Some((own, ethertype)) = untagged(head, usize::from(meta.snapshot_len)) else { return false };
+    own == link && (!owes_work(meta) || owes_only_checksum(head, meta, ethertype))
 }
 
-/// What an untagged frame without special wishes is, and its packet if it is plain. False: to be classified.
-#[inline(always)]
-fn see(burst: &mut RxBurst, i: usize, untagged_vlan: Option<u16>, place: &mut Place) -> bool {
-    let (Some((Link { dst, src }, ethertype)), Some(vlan)) = (untagged(burst, i), untagged_vlan) else { return false };
-    let (head, have) = burst.head(i);
-    let Some(meta) = burst.meta(i) else { return false };
-    place.src = src;
-    place.dst = dst;
-    place.vlan = vlan;
-    place.tag = None;
-    place.is_plain = place.plain.read(head, have, meta.len as usize, ethernet::HEADER_BYTES, ethertype);
-    !owes_work(burst, i) || place.is_plain && accept_checksum(burst, i, &place.plain)
-}
-
-/// The same for a frame that was not looked at yet, an untagged one.
-fn owes_only_checksum(burst: &mut RxBurst, i: usize) -> bool {
-    let Some((_, ethertype)) = untagged(burst, i) else { return false };
-    let (head, have) = burst.head(i);
-    let len = burst.meta(i).map_or(0, |meta| meta.len);
+/// All that an untagged frame is owed is the checksum of a plain packet.
+fn owes_only_checksum(head: &[u8; SNAPSHOT_BYTES], meta: &mut FrameMeta, ethertype: EtherType) -> bool {
     let mut plain = Plain::default();
-    plain.read(head, have, len as usize, ethernet::HEADER_BYTES, ethertype) && accept_checksum(burst, i, &plain)
+    let (have, len) = (usize::from(meta.snapshot_len), meta.len as usize);
+    plain.read(head, have, len, ethernet::HEADER_BYTES, ethertype) && accept_checksum(meta, &plain)
 }
 
-/// All that frame `i` is owed is the checksum of its plain packet.
+/// All that a frame is owed is the checksum of its plain packet.
 #[inline]
-fn accept_checksum(burst: &mut RxBurst, i: usize, plain: &Plain) -> bool {
-    let accepted = |meta: &&mut FrameMeta| meta.len <= MAX_FRAME_BYTES && plain.owes_checksum(&meta.offload);
-    let Some(meta) = burst.meta_mut(i).filter(accepted) else { return false };
+fn accept_checksum(meta: &mut FrameMeta, plain: &Plain) -> bool {
+    if meta.len > MAX_FRAME_BYTES || !plain.owes_checksum(&meta.offload) {
+        return false;
+    }
     let Offload { csum_start, csum_offset, .. } = meta.offload;
     // As `validate` leaves it.
     meta.offload = Offload { needs_csum: true, csum_start, csum_offset, ..Offload::default() };
     true
 }
 
+/// What an untagged frame without special wishes is, and its packet if it is plain. False: to be classified.
+#[inline(always)]
+fn see(burst: &mut RxBurst, i: usize, untagged_vlan: Option<u16>, place: &mut Place) -> bool {
+    let Some((head, meta)) = burst.frame_mut(i) else { return false };
+    let have = usize::from(meta.snapshot_len);
+    let (Some((Link { dst, src }, ethertype)), Some(vlan)) = (untagged(head, have), untagged_vlan) else {
+        return false;
+    };
+    place.src = src;
+    place.dst = dst;
+    place.vlan = vlan;
+    place.tag = None;
+    place.is_plain = place.plain.read(head, have, meta.len as usize, ethernet::HEADER_BYTES, ethertype);
+    !owes_work(meta) || place.is_plain && accept_checksum(meta, &place.plain)
+}
+
 /// Reads frame `i`'s link header; checks VLAN and offload. `None`: dropped.
 #[inline(always)]
 fn classify<T>(burst: &mut RxBurst, i: usize, port: &PortEntry<T>, sender: &mut Sender) -> Option<Place> {
-    if let Some((Link { dst, src }, ethertype)) = untagged(burst, i)
+    let (head, have) = burst.head(i);
+    if let Some((Link { dst, src }, ethertype)) = untagged(head, have)
         && let Some(vlan) = port.vlan.ingress(None)
-        && !owes_work(burst, i)
+        && !burst.meta(i).is_none_or(owes_work)
     {
         return Some(Place { src, dst, vlan, l3: 14, ethertype, ..Place::default() });
     }
@@ -768,7 +777,7 @@ fn classify_any<T>(burst: &mut RxBurst, i: usize, port: &PortEntry<T>, sender: &
         sender.fail(i, DropReason::VlanNotAllowed);
         return None;
     };
-    if owes_work(burst, i) && !check_offload(burst, i) {
+    if burst.meta(i).is_some_and(owes_work) && !check_offload(burst, i) {
         sender.fail(i, DropReason::RxBadOffload);
         return None;
     }
@@ -809,9 +818,9 @@ fn bits(mut mask: u64) -> impl Iterator<Item = usize> {
     })
 }
 
-#[inline]
-fn owes_work(burst: &RxBurst, i: usize) -> bool {
-    burst.meta(i).is_some_and(|m| m.offload.needs_csum || m.offload.gso != Gso::None)
+#[inline(always)]
+fn owes_work(meta: &FrameMeta) -> bool {
+    meta.offload.needs_csum || meta.offload.gso != Gso::None
 }
 
 /// Checks what the sender claims about checksum and segmentation against the real headers, once, on the snapshot.

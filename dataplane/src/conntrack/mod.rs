@@ -45,13 +45,13 @@ pub use dissect::{
 pub use entry::{Connection, Decision, Tally, Traffic};
 pub use frag::{Accepted, Datagram, DatagramId, FragmentQueue, FragmentRefusal, FragmentStats};
 pub use key::{Flow, Key, Toward, Way};
-pub(crate) use map::Likely;
 #[cfg(any(test, feature = "testing"))]
 pub use map::sample;
 pub use map::{
     ConnHandle, ConnMap, Cursor, DEFAULT_CAPACITY, Dirt, Imported, MAX_CAPACITY, MapError, MapStats, Observer, Removal,
     Tombstone, Uncollected, VERSION_BITS, VERSION_MAX, newer,
 };
+pub(crate) use map::{Likely, Whereabouts};
 pub use pick_up::PickUp;
 pub(crate) use plain::Plain;
 pub use portable::{

@@ -437,7 +437,7 @@ mod tests {
                 let bytes = frame(&sent);
                 let quick = plain(&bytes, 128).and_then(|plain| {
                     let key = plain.key(toward, 9);
-                    let likely = short.prefetch_likely(short.hash_words(key));
+                    let likely = short.prefetch_likely(&short.prefetch_places(key));
                     let terms = Terms { generation, config: &config, toward, now_ms };
                     let before: Vec<_> = entries(short);
                     let state = steady(short, &terms, &plain, &key, likely, dither);
@@ -514,7 +514,7 @@ mod tests {
                 let plain = plain(&frame(&sent), 128).unwrap();
                 let key = plain.key(sent.toward, 9);
                 let terms = Terms { generation: GENERATION, config: &config, toward: sent.toward, now_ms: 2000 };
-                let likely = short.prefetch_likely(short.hash_words(key));
+                let likely = short.prefetch_likely(&short.prefetch_places(key));
                 let state = steady(short, &terms, &plain, &key, likely, dither);
                 assert_eq!(state, allowed.then_some(CtState::New));
                 if allowed {

@@ -4,7 +4,7 @@
 //! [`Quick::prepare`] for each frame, then [`Quick::locate`] for each, then [`Quick::passes`]. The last one lets a frame pass only where
 //! [`super::stage`] would, and leaves behind what it would; to anything else it says no and changes nothing.
 use super::port::{FirewallCounters, PortFirewall};
-use crate::conntrack::{ConnMap, CtState, Likely, Plain, Terms, Toward, steady};
+use crate::conntrack::{ConnMap, CtState, Likely, Plain, Terms, Toward, Whereabouts, steady};
 use crate::firewall::spoof::SpoofTable;
 use crate::frame::{Offload, RxBurst};
 use crate::packet::MacAddr;
@@ -12,13 +12,13 @@ use crate::packet::MacAddr;
 /// Where the entry of a frame's connection probably is, in one table.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Prospect {
-    hash: u64,
+    whereabouts: Whereabouts,
     likely: Likely,
 }
 
 impl Prospect {
     /// Not looked for.
-    pub const NONE: Self = Self { hash: 0, likely: Likely::NONE };
+    pub const NONE: Self = Self { whereabouts: Whereabouts::NONE, likely: Likely::NONE };
 }
 
 /// One port's firewall in one direction, for the time of a burst.
@@ -55,15 +55,14 @@ impl<'a> Quick<'a> {
     /// First step: hashes, and fetches the buckets.
     #[inline(always)]
     pub fn prepare(&self, packet: &Plain, vlan: u16) -> Prospect {
-        let hash = self.map.hash_words(packet.key(self.terms.toward, self.zone | vlan));
-        self.map.prefetch_bucket(hash);
-        Prospect { hash, likely: Likely::NONE }
+        let key = packet.key(self.terms.toward, self.zone | vlan);
+        Prospect { whereabouts: self.map.prefetch_places(key), likely: Likely::NONE }
     }
 
     /// Second step: finds the entry, and fetches it.
     #[inline(always)]
     pub fn locate(&self, prospect: &mut Prospect) {
-        prospect.likely = self.map.prefetch_likely(prospect.hash);
+        prospect.likely = self.map.prefetch_likely(&prospect.whereabouts);
     }
 
     /// Whose frame it is: from the VM, or for it. `station`: its source there, its destination here.

@@ -40,6 +40,11 @@ pub(super) struct Places {
     tag: u32,
 }
 
+impl Places {
+    /// Of no key.
+    pub(super) const NONE: Self = Self { buckets: [0; 2], tag: u32::MAX };
+}
+
 /// A place: bucket number and place in it, in this order. Of two insertions of one key the one at the lower position wins.
 pub(super) type Position = (u32, u32);
 

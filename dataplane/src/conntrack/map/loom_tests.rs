@@ -609,7 +609,7 @@ fn loom_a_free_slot_has_one_owner() {
 fn counts(s: &Shared) -> u32 {
     use super::super::entry::{expiry, word};
     let key = sample(1).key.words();
-    let likely = s.map.prefetch_likely(s.map.hash_words(key));
+    let likely = s.map.prefetch_likely(&s.map.prefetch_places(key));
     let Some(look) = s.map.look(likely, &key) else { return 0 };
     let mut traffic = Traffic::from_word(look.word::<{ word::ORIGINAL }>());
     traffic.count(IP_LEN, 0);

@@ -144,6 +144,15 @@ pub enum Imported {
     Full,
 }
 
+/// Where a key is to be looked for in one map.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Whereabouts(Places);
+
+impl Whereabouts {
+    /// Nowhere.
+    pub(crate) const NONE: Self = Self(Places::NONE);
+}
+
 /// The slot in which a key's entry probably is, if anywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Likely(u32);
@@ -290,10 +299,19 @@ impl ConnMap {
         });
     }
 
-    /// As [`Self::prefetch_entries`], which tells the slot that is probably the key's.
+    /// First step of a batch of looks: finds out where a key is to be looked for, and fetches the buckets.
     #[inline(always)]
-    pub(crate) fn prefetch_likely(&self, hash: u64) -> Likely {
-        let found = self.index.first(&self.index.places(hash));
+    pub(crate) fn prefetch_places(&self, key: KeyWords) -> Whereabouts {
+        let places = self.index.places(self.hasher.hash(key));
+        self.index.prefetch(&places, 0);
+        self.index.prefetch(&places, 1);
+        Whereabouts(places)
+    }
+
+    /// Second step: reads the buckets, fetches the entry that is probably the key's, and tells its slot.
+    #[inline(always)]
+    pub(crate) fn prefetch_likely(&self, whereabouts: &Whereabouts) -> Likely {
+        let found = self.index.first(&whereabouts.0);
         if let Some(slot) = found.and_then(|number| self.slab.slot(number)) {
             prefetch(slot);
             slot.prefetch_second();
@@ -313,12 +331,6 @@ impl ConnMap {
         if self.dirty.is_on() {
             self.dirty.lagging.set(likely.0);
         }
-    }
-
-    /// Hash of a key's words.
-    #[inline(always)]
-    pub(crate) fn hash_words(&self, key: KeyWords) -> u64 {
-        self.hasher.hash(key)
     }
 
     /// The entry with this key, expired or not; from any thread.
