@@ -3,6 +3,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -73,6 +74,15 @@ impl Process {
         Ok(())
     }
 
+    /// Writes a line to its standard input.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn write_line(&mut self, line: &str) -> Result<()> {
+        let input = self.child.stdin.as_mut().context("standard input")?;
+        writeln!(input, "{line}").with_context(|| format!("{} is gone", self.name))
+    }
+
     /// Takes it off the processor.
     pub fn pause(&self) {
         let _ = kill(self.pid(), Signal::SIGSTOP);
@@ -135,7 +145,8 @@ pub fn on_signal(last: impl FnOnce() + Send + 'static) -> Result<()> {
 /// # Errors
 /// When it fails, with what it printed to standard error.
 pub fn output(command: &mut Command) -> Result<String> {
-    let name = format!("{command:?}");
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let name = words.map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ");
     let done = command.stdin(Stdio::null()).output().with_context(|| name.clone())?;
     if !done.status.success() {
         let text = String::from_utf8_lossy(&done.stderr).into_owned() + &String::from_utf8_lossy(&done.stdout);
