@@ -44,16 +44,20 @@ impl Process {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
+    /// The last lines that it has written.
+    fn tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+
     /// Fails when it has ended.
     ///
     /// # Errors
     /// With the end of its log.
     pub fn check(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait()? {
-            let log = self.log();
-            let tail: Vec<&str> = log.lines().rev().take(20).collect();
-            let tail: Vec<&str> = tail.into_iter().rev().collect();
-            bail!("{} ended with {status}:\n{}", self.name, tail.join("\n"));
+            bail!("{} ended with {status}:\n{}", self.name, self.tail());
         }
         Ok(())
     }
@@ -67,7 +71,7 @@ impl Process {
         while !ready(self) {
             self.check()?;
             if Instant::now() > deadline {
-                bail!("{}: no {what} within {patience:?}:\n{}", self.name, self.log());
+                bail!("{}: no {what} within {patience:?}:\n{}", self.name, self.tail());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
