@@ -36,9 +36,17 @@ impl HugePages {
             // Children have been told to end with this process; their pages come back a moment later.
             let _ = fs::write(COUNT, before.to_string());
         })?;
-        fs::write(COUNT, wanted.to_string()).with_context(|| format!("{COUNT} (needs root)"))?;
         let this = Self { before: Some(before) };
-        let now = free();
+        let mut now = 0;
+        // Memory may be too scattered for as many at once; each attempt finds more.
+        for _ in 0..6 {
+            fs::write(COUNT, wanted.to_string()).with_context(|| format!("{COUNT} (needs root)"))?;
+            now = free();
+            if now >= pages {
+                break;
+            }
+            let _ = fs::write("/proc/sys/vm/compact_memory", "1");
+        }
         if now < pages {
             bail!("the kernel has only {now} free huge pages of {pages}");
         }

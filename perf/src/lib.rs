@@ -17,4 +17,5 @@ pub mod results;
 pub mod run;
 pub mod stream;
 pub mod system;
+pub mod virtio_user;
 pub mod workload;

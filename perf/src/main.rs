@@ -67,12 +67,12 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         micro: Option<PathBuf>,
     },
-    /// Latency and rate of new connections only.
+    /// Latency, rate of new connections, and throughput with virtio-user only.
     Exchange {
         /// Turns of each switch.
         #[arg(long, default_value_t = 5)]
         rounds: usize,
-        /// Only jobs whose name contains this: ping-pong, handshakes, fin, load.
+        /// Only jobs whose name contains this: ping-pong, load, handshakes, fin, virtio-user.
         #[arg(long, value_name = "TEXT")]
         only: Option<String>,
         /// Only these systems.
@@ -167,6 +167,16 @@ fn exchanges(bench: &mut Bench, rounds: usize, only: Option<&str>, systems: &[Ki
         let (metrics, failures) = bench.exchange(job, &kinds, rounds, 2 * HANDSHAKES)?;
         for (kind, why) in failures {
             eprintln!("{name}: {}: {why}", kind.name());
+        }
+        print!("{}", results::metrics_table(&metrics));
+        all.extend(metrics);
+    }
+    for bytes in [64, 512, 1518].into_iter().filter(|_| only.is_none_or(|o| "virtio-user".contains(o))) {
+        let kinds = [Kind::TestpmdIo, Kind::FerryL2, Kind::OvsL2];
+        let kinds: Vec<Kind> = kinds.into_iter().filter(|k| systems.is_empty() || systems.contains(k)).collect();
+        let (metrics, failures) = bench.virtio_user(bytes, &kinds, rounds)?;
+        for (kind, why) in failures {
+            eprintln!("virtio-user: {}: {why}", kind.name());
         }
         print!("{}", results::metrics_table(&metrics));
         all.extend(metrics);

@@ -3,6 +3,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -43,16 +44,20 @@ impl Process {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
+    /// The last lines that it has written.
+    fn tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+
     /// Fails when it has ended.
     ///
     /// # Errors
     /// With the end of its log.
     pub fn check(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait()? {
-            let log = self.log();
-            let tail: Vec<&str> = log.lines().rev().take(20).collect();
-            let tail: Vec<&str> = tail.into_iter().rev().collect();
-            bail!("{} ended with {status}:\n{}", self.name, tail.join("\n"));
+            bail!("{} ended with {status}:\n{}", self.name, self.tail());
         }
         Ok(())
     }
@@ -66,11 +71,20 @@ impl Process {
         while !ready(self) {
             self.check()?;
             if Instant::now() > deadline {
-                bail!("{}: no {what} within {patience:?}:\n{}", self.name, self.log());
+                bail!("{}: no {what} within {patience:?}:\n{}", self.name, self.tail());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(())
+    }
+
+    /// Writes a line to its standard input.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn write_line(&mut self, line: &str) -> Result<()> {
+        let input = self.child.stdin.as_mut().context("standard input")?;
+        writeln!(input, "{line}").with_context(|| format!("{} is gone", self.name))
     }
 
     /// Takes it off the processor.
@@ -135,7 +149,8 @@ pub fn on_signal(last: impl FnOnce() + Send + 'static) -> Result<()> {
 /// # Errors
 /// When it fails, with what it printed to standard error.
 pub fn output(command: &mut Command) -> Result<String> {
-    let name = format!("{command:?}");
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let name = words.map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ");
     let done = command.stdin(Stdio::null()).output().with_context(|| name.clone())?;
     if !done.status.success() {
         let text = String::from_utf8_lossy(&done.stderr).into_owned() + &String::from_utf8_lossy(&done.stdout);

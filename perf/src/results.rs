@@ -108,6 +108,15 @@ impl Figure {
     }
 }
 
+/// The placement to compare in, by how many windows the switch with the fewest has in each; near if in doubt.
+pub fn prefer(near: usize, far: usize) -> Option<Placement> {
+    match near.max(far) {
+        0 => None,
+        _ if near >= far.min(3) => Some(Placement::Near),
+        _ => Some(Placement::Far),
+    }
+}
+
 impl Measurement {
     /// The placement under which the switches are compared: the one in which the switch with the fewest windows has the
     /// most; near if in doubt. `None` when no placement has windows of all switches: then all windows count, and the row
@@ -115,11 +124,7 @@ impl Measurement {
     pub fn placement(&self) -> Option<Placement> {
         let least = |p| self.measured().map(|s| s.counted(p).len()).min().unwrap_or(0);
         let (near, far) = (least(Placement::Near), least(Placement::Far));
-        match near.max(far) {
-            0 => None,
-            _ if near >= far.min(3) => Some(Placement::Near),
-            _ => Some(Placement::Far),
-        }
+        prefer(near, far)
     }
 
     fn measured(&self) -> impl Iterator<Item = &Series> {

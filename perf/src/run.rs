@@ -9,12 +9,14 @@ use crate::guest::{GuestSpec, packed::PackedRing, split::SplitRing};
 use crate::histogram::Quantiles;
 use crate::regime;
 use crate::regime::Placement;
-use crate::results::{Figure, MOST_WAITED, Measurement, Metric, Series, Window};
+use crate::results::{Figure, MOST_WAITED, Measurement, Metric, Series, Window, prefer};
 use crate::stream::Step;
 use crate::system::{Kind, Setup, System};
+use crate::virtio_user::VirtioUser;
 use crate::workload::Workload;
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -182,6 +184,74 @@ impl Bench {
         }
         failures.extend(failed);
         Ok((metrics, failures))
+    }
+
+    /// Throughput with DPDK's virtio-user as the generator, both directions, for switches that look at addresses only.
+    ///
+    /// # Errors
+    /// When the probe fails.
+    pub fn virtio_user(
+        &mut self,
+        frame_bytes: usize,
+        kinds: &[Kind],
+        rounds: usize,
+    ) -> Result<(Vec<Metric>, BTreeMap<Kind, String>)> {
+        // Whatever is up already will do: L2 switches do not depend on connections.
+        let key = self.setup.filter(|k| k.0 == 2 && k.2 == 0 && k.1 + 14 >= frame_bytes).unwrap_or((2, 1504, 0, 1));
+        let mut failures = self.ensure(kinds, key);
+        let plan = self.plan;
+        let folder = self.folder.path().to_path_buf();
+        let mut turns: BTreeMap<Kind, Vec<(Option<Placement>, f64)>> = BTreeMap::new();
+        let mut generators: BTreeMap<Kind, VirtioUser> = BTreeMap::new();
+        for _ in 0..rounds {
+            for (&kind, system) in self.running.iter_mut().filter(|(k, _)| kinds.contains(k)) {
+                if failures.contains_key(&kind) {
+                    continue;
+                }
+                system.process().resume();
+                let turn = (|| {
+                    let generator = match generators.entry(kind) {
+                        Entry::Occupied(e) => e.into_mut(),
+                        Entry::Vacant(e) => {
+                            e.insert(VirtioUser::start(system.sockets(), plan.generator_core, frame_bytes, &folder)?)
+                        }
+                    };
+                    generator.process().pause();
+                    let (pmd, _) = affinity::threads(system.process().id(), plan.switch_core)?;
+                    pmd.iter().for_each(|&t| affinity::set_urgency(t, Urgency::Measured));
+                    let before = regime::round_trip_ns(plan.generator_core, plan.switch_core)?;
+                    generator.process().resume();
+                    let mpps = generator.mpps(plan.window);
+                    // Before the probe: it needs both cores.
+                    generator.process().pause();
+                    let mpps = mpps?;
+                    let after = regime::round_trip_ns(plan.generator_core, plan.switch_core)?;
+                    let [before, after] = [before, after].map(Placement::of);
+                    anyhow::Ok(((before == after).then_some(before), mpps))
+                })();
+                match turn {
+                    Ok(turn) => turns.entry(kind).or_default().push(turn),
+                    Err(e) => {
+                        failures.insert(kind, format!("{e:#}"));
+                    }
+                }
+                if failures.contains_key(&kind) {
+                    generators.remove(&kind);
+                }
+                system.process().pause();
+            }
+        }
+        // The generators go first; switches notice when they wake.
+        drop(generators);
+        let least = |p| turns.values().map(|t| t.iter().filter(|t| t.0 == Some(p)).count()).min().unwrap_or(0);
+        let placement = prefer(least(Placement::Near), least(Placement::Far));
+        let metrics = turns.iter().filter_map(|(&system, turns)| {
+            let counted = turns.iter().filter(|t| placement.is_none() || t.0 == placement).map(|t| t.1);
+            let figure = Figure::of(&counted.collect::<Vec<_>>())?;
+            let name = format!("virtio-user l2-{frame_bytes}");
+            Some(Metric { name, system, unit: "Mpps".into(), higher_is_better: true, figure, placement })
+        });
+        Ok((metrics.collect(), failures))
     }
 
     /// Where logs and sockets are.
@@ -527,11 +597,7 @@ fn exchange_turn(
 fn exchange_metrics(job: Exchange, turns: &BTreeMap<Kind, Vec<Turn>>) -> Vec<Metric> {
     let least = |p| turns.values().map(|t| t.iter().filter(|t| t.placement == Some(p)).count()).min().unwrap_or(0);
     let (near, far) = (least(Placement::Near), least(Placement::Far));
-    let placement = match near.max(far) {
-        0 => None,
-        _ if near >= far.min(3) => Some(Placement::Near),
-        _ => Some(Placement::Far),
-    };
+    let placement = prefer(near, far);
     let mut metrics = Vec::new();
     for (&system, turns) in turns {
         let counted: Vec<&Turn> = turns.iter().filter(|t| placement.is_none() || t.placement == placement).collect();

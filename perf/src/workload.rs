@@ -152,7 +152,11 @@ pub fn full() -> Vec<Workload> {
     // Each of these needs the switches to be started anew: last.
     all.push(Workload::l2(9000));
     all.push(Workload::l2(64).variant("16-ports", |w| w.ports = 16));
-    all.push(Workload::l2(64).variant("64-ports", |w| w.ports = 64));
+    all.push(Workload::l2(64).variant("64-ports", |w| {
+        w.ports = 64;
+        // Debian's DPDK has at most 32 ports in one process; OVS's vhost ports do not count among them.
+        w.systems.retain(|&s| s != Kind::TestpmdIo);
+    }));
     for rules in [1000, 10_000] {
         all.push(Workload::stateful(Transport::Tcp, 64, 1).variant(&format!("{rules}-rules"), |w| {
             w.rules = rules;

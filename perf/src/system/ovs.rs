@@ -77,9 +77,12 @@ pub fn flows(job: Job, ports: usize, rules: usize) -> String {
                 let out = format!("ct(commit,zone={p}),output:{p}");
                 push_rules(&mut push, rules, &format!("table=4,reg0={p}"), &out);
                 push(format!("table=4,priority=30,reg0={p},ct_state=+trk+est-inv,actions=output:{p}"));
-                push(format!(
-                    "table=1,priority=20,in_port={p},ct_state=+trk+new,actions=ct(commit,zone={p}),resubmit(,2)"
-                ));
+                for ip in ["ip", "ipv6"] {
+                    push(format!(
+                        "table=1,priority=20,in_port={p},{ip},ct_state=+trk+new,\
+                         actions=ct(commit,zone={p}),resubmit(,2)"
+                    ));
+                }
             }
             push("table=1,priority=30,ct_state=+trk+est-inv,actions=resubmit(,2)".into());
         }
