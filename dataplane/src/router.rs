@@ -115,7 +115,7 @@ impl Default for Place {
 /// The firewall of the output that was met last.
 struct Far<'a> {
     output: PortId,
-    quick: Quick<'a>,
+    quick: Quick<'a, false>,
 }
 
 /// The facts that all frames of a burst share.
@@ -240,7 +240,7 @@ impl Router {
         thread: usize,
         sender: &mut Sender,
     ) {
-        let mut near = source.port.firewall.as_ref().map(|fw| Quick::new(fw, Toward::Egress, thread, source.now_ns));
+        let mut near = source.port.firewall.as_ref().map(|fw| Quick::new(fw, thread, source.now_ns));
         let mut far: Option<Far<'_>> = None;
         self.dither = next_dither(self.dither);
         let alive = self.look_at(burst, source, near.as_ref(), &mut far, thread, sender);
@@ -296,7 +296,7 @@ impl Router {
         &mut self,
         burst: &mut RxBurst,
         source: &Source<'a, T>,
-        near: Option<&Quick<'a>>,
+        near: Option<&Quick<'a, true>>,
         far: &mut Option<Far<'a>>,
         thread: usize,
         sender: &mut Sender,
@@ -304,7 +304,7 @@ impl Router {
         let mut alive = 0u64;
         let mut foretold: Option<(MacAddr, u16, Option<PortId>)> = None;
         let untagged_vlan = source.port.vlan.ingress(None);
-        for (i, place) in self.places.iter_mut().enumerate().take(burst.len()) {
+        for (i, place) in self.places.iter_mut().take(burst.len()).enumerate() {
             if !see(burst, i, untagged_vlan, place) {
                 let Some(classified) = classify_any(burst, i, source.port, sender) else { continue };
                 let (l3, ethertype) = (usize::from(classified.l3), classified.ethertype);
@@ -346,7 +346,7 @@ impl Router {
         &mut self,
         source: &Source<'a, T>,
         alive: u64,
-        near: Option<&Quick<'a>>,
+        near: Option<&Quick<'a, true>>,
         far: &mut Option<Far<'a>>,
         thread: usize,
     ) {
@@ -377,7 +377,7 @@ impl Router {
         burst: &mut RxBurst,
         source: &Source<'_, T>,
         i: usize,
-        near: &mut Quick<'_>,
+        near: &mut Quick<'_, true>,
         sender: &mut Sender,
     ) -> bool {
         let dither = self.dither_of(i, 0);
@@ -643,7 +643,7 @@ fn face<'a, T>(far: &mut Option<Far<'a>>, source: &Source<'a, T>, output: PortId
 fn face_another<'a, T>(far: &mut Option<Far<'a>>, source: &Source<'a, T>, output: PortId, thread: usize) -> bool {
     let Some(port) = source.forwarding.port(output).filter(|port| port.divert.is_none()) else { return false };
     let Some(firewall) = &port.firewall else { return false };
-    let quick = Quick::new(firewall, Toward::Ingress, thread, source.now_ns);
+    let quick = Quick::new(firewall, thread, source.now_ns);
     if let Some(former) = far.replace(Far { output, quick }) {
         former.quick.settle();
     }

@@ -251,6 +251,12 @@ impl Plain {
         }
     }
 
+    /// It has a checksum.
+    #[inline(always)]
+    pub fn is_summed(&self) -> bool {
+        !self.unsummed
+    }
+
     /// The transport checksum is right, or there is none. `head`: as was read; `body`: what follows it.
     #[inline]
     pub fn checksum_ok(&self, head: &[u8], body: &Body<'_>) -> bool {

@@ -13,14 +13,13 @@ use super::tcp::{self, TcpState};
 use super::{CtState, udp};
 use crate::packet::IpProto;
 
-/// What holds for all packets that one port judges in one direction.
+/// What holds for all packets that one port judges in a burst.
 #[derive(Clone, Copy)]
 pub(crate) struct Terms<'a> {
     /// Connections judged under another generation of the rules are to be judged again.
     pub generation: u32,
     /// How connections are tracked.
     pub config: &'a TrackConfig,
-    pub toward: Toward,
     pub now_ms: u64,
 }
 
@@ -30,6 +29,7 @@ pub(crate) struct Terms<'a> {
 pub(crate) fn steady(
     map: &ConnMap,
     terms: &Terms<'_>,
+    toward: Toward,
     packet: &Plain,
     key: &KeyWords,
     likely: Likely,
@@ -40,7 +40,7 @@ pub(crate) fn steady(
     if look.is_expired(terms.now_ms) || notes.policy_generation() != terms.generation || !notes.decision().allowed() {
         return None;
     }
-    let way = notes.way(terms.toward);
+    let way = notes.way(toward);
     let state = match packet.proto {
         IpProto::UDP => steady_udp(&look, notes, way, terms, packet.ip_len, dither)?,
         _ => steady_tcp(&look, notes, way, terms, packet, dither)?,
@@ -438,9 +438,9 @@ mod tests {
                 let quick = plain(&bytes, 128).and_then(|plain| {
                     let key = plain.key(toward, 9);
                     let likely = short.prefetch_likely(&short.prefetch_places(key));
-                    let terms = Terms { generation, config: &config, toward, now_ms };
+                    let terms = Terms { generation, config: &config, now_ms };
                     let before: Vec<_> = entries(short);
-                    let state = steady(short, &terms, &plain, &key, likely, dither);
+                    let state = steady(short, &terms, sent.toward, &plain, &key, likely, dither);
                     if state.is_none() {
                         assert_eq!(before, entries(short), "changed, and left to others");
                     }
@@ -513,9 +513,9 @@ mod tests {
                 let sent = datagram(Toward::Egress);
                 let plain = plain(&frame(&sent), 128).unwrap();
                 let key = plain.key(sent.toward, 9);
-                let terms = Terms { generation: GENERATION, config: &config, toward: sent.toward, now_ms: 2000 };
+                let terms = Terms { generation: GENERATION, config: &config, now_ms: 2000 };
                 let likely = short.prefetch_likely(&short.prefetch_places(key));
-                let state = steady(short, &terms, &plain, &key, likely, dither);
+                let state = steady(short, &terms, sent.toward, &plain, &key, likely, dither);
                 assert_eq!(state, allowed.then_some(CtState::New));
                 if allowed {
                     in_full(long, &config, &sent, dither, 2000, false);

@@ -21,8 +21,27 @@ impl Prospect {
     pub const NONE: Self = Self { whereabouts: Whereabouts::NONE, likely: Likely::NONE };
 }
 
-/// One port's firewall in one direction, for the time of a burst.
-pub(crate) struct Quick<'a> {
+/// What a frame says of where it comes from, or goes to.
+#[derive(Clone, Copy)]
+struct Claim {
+    station: MacAddr,
+    source: [u64; 2],
+    /// Somebody's: any address at all may be claimed, so none can stand for nobody's.
+    made: bool,
+}
+
+impl Claim {
+    const NOBODYS: Self = Self { station: MacAddr::ZERO, source: [0; 2], made: false };
+
+    #[inline(always)]
+    fn is(&self, other: &Self) -> bool {
+        let ([a, b], [c, d]) = (self.source, other.source);
+        self.made && (self.station.as_u64() ^ other.station.as_u64()) | (a ^ c) | (b ^ d) == 0
+    }
+}
+
+/// One port's firewall in one direction, from the VM (`EGRESS`) or to it, for the time of a burst.
+pub(crate) struct Quick<'a, const EGRESS: bool> {
     map: &'a ConnMap,
     terms: Terms<'a>,
     /// Zone of VLAN 0.
@@ -34,28 +53,30 @@ pub(crate) struct Quick<'a> {
     new: u64,
     established: u64,
     /// The last station, and for the direction from the VM its address, that the anti-spoofing rules let pass.
-    accepted: Option<(MacAddr, [u64; 2])>,
+    accepted: Claim,
 }
 
-impl<'a> Quick<'a> {
-    pub fn new(firewall: &'a PortFirewall, toward: Toward, thread: usize, now_ns: u64) -> Self {
+impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
+    const TOWARD: Toward = if EGRESS { Toward::Egress } else { Toward::Ingress };
+
+    pub fn new(firewall: &'a PortFirewall, thread: usize, now_ns: u64) -> Self {
         let rules = &*firewall.rules;
         Self {
             map: firewall.vm.map(),
             zone: firewall.zone(0),
             spoof: Some(&*rules.spoof).filter(|spoof| spoof.is_enabled()),
-            terms: Terms { generation: rules.generation, config: &rules.track, toward, now_ms: now_ns / 1_000_000 },
-            counters: firewall.ledgers.get(thread).map(|ledger| ledger.of(toward)),
+            terms: Terms { generation: rules.generation, config: &rules.track, now_ms: now_ns / 1_000_000 },
+            counters: firewall.ledgers.get(thread).map(|ledger| ledger.of(Self::TOWARD)),
             new: 0,
             established: 0,
-            accepted: None,
+            accepted: Claim::NOBODYS,
         }
     }
 
     /// First step: hashes, and fetches the buckets.
     #[inline(always)]
     pub fn prepare(&self, packet: &Plain, vlan: u16) -> Prospect {
-        let key = packet.key(self.terms.toward, self.zone | vlan);
+        let key = packet.key(Self::TOWARD, self.zone | vlan);
         Prospect { whereabouts: self.map.prefetch_places(key), likely: Likely::NONE }
     }
 
@@ -69,24 +90,20 @@ impl<'a> Quick<'a> {
     #[inline(always)]
     fn is_ours(&mut self, station: MacAddr, packet: &Plain) -> bool {
         let Some(spoof) = self.spoof else { return true };
-        let claim = match self.terms.toward {
-            Toward::Egress => (station, packet.source_words()),
-            Toward::Ingress => (station, [0; 2]),
-        };
-        if self.accepted == Some(claim) {
-            return true;
-        }
-        self.accept(spoof, claim, packet)
+        // To the VM, any address may come.
+        let claim = Claim { station, source: if EGRESS { packet.source_words() } else { [0; 2] }, made: true };
+        self.accepted.is(&claim) || self.accept(spoof, claim, packet)
     }
 
-    fn accept(&mut self, spoof: &SpoofTable, claim: (MacAddr, [u64; 2]), packet: &Plain) -> bool {
-        let (station, _) = claim;
-        let ours = match self.terms.toward {
+    #[inline(never)]
+    fn accept(&mut self, spoof: &SpoofTable, claim: Claim, packet: &Plain) -> bool {
+        let station = claim.station;
+        let ours = match Self::TOWARD {
             Toward::Egress => spoof.allows_source(station, packet.source()),
             Toward::Ingress => station.is_multicast() || spoof.has_mac(station),
         };
         if ours {
-            self.accepted = Some(claim);
+            self.accepted = claim;
         }
         ours
     }
@@ -108,11 +125,12 @@ impl<'a> Quick<'a> {
         if !self.is_ours(station, packet) {
             return false;
         }
-        if self.terms.config.checksum && !vouched && !is_vouched_for(burst, i) && !checksum_ok(burst, i, packet) {
+        let unproven = self.terms.config.checksum && !vouched && packet.is_summed();
+        if unproven && !is_vouched_for(burst, i) && !checksum_ok(burst, i, packet) {
             return false;
         }
-        let key = packet.key(self.terms.toward, self.zone | vlan);
-        match steady(self.map, &self.terms, packet, &key, prospect.likely, dither) {
+        let key = packet.key(Self::TOWARD, self.zone | vlan);
+        match steady(self.map, &self.terms, Self::TOWARD, packet, &key, prospect.likely, dither) {
             Some(CtState::New) => self.new += 1,
             Some(_) => self.established += 1,
             None => return false,

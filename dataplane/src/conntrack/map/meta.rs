@@ -83,6 +83,18 @@ impl Meta {
         Self::new(state, self.version(), self.expires_ms())
     }
 
+    /// From an entry's: that of the same entry while one thread changes it.
+    #[inline(always)]
+    pub const fn live_to_writing(self) -> Self {
+        Self(self.0 | 1 << 32)
+    }
+
+    /// From an entry's: that of its next version.
+    #[inline(always)]
+    pub const fn live_to_next(self, expires_ms: u32) -> Self {
+        Self((self.0 & !(u32::MAX as u64)).wrapping_add(1 << 34) | expires_ms as u64)
+    }
+
     #[inline]
     pub const fn is_live(self) -> bool {
         matches!(self.state(), State::Live)
@@ -113,6 +125,11 @@ mod tests {
         for state in [State::Free, State::Tentative, State::Live, State::Writing] {
             let m = Meta::new(state, VERSION_MAX, u32::MAX);
             assert_eq!((m.state(), m.version(), m.expires_ms()), (state, VERSION_MAX, u32::MAX));
+        }
+        for version in [0, 1, VERSION_MAX] {
+            let live = Meta::new(State::Live, version, 77);
+            assert_eq!(live.live_to_writing(), live.with(State::Writing));
+            assert_eq!(live.live_to_next(99), Meta::new(State::Live, next(version), 99));
         }
         assert_eq!(Meta::new(State::Free, 0, 0), Meta(0));
         assert!(Meta::new(State::Live, 0, 5).is_expired(5) && !Meta::new(State::Live, 0, 5).is_expired(4));

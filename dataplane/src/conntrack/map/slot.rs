@@ -369,12 +369,12 @@ impl<'a> Look<'a> {
     pub fn claim(self, expires_ms: u32) -> Option<Amend<'a>> {
         // All words were read after the control word, which is found unchanged here.
         fence(Ordering::Acquire);
-        let writing = self.meta.with(State::Writing);
+        let writing = self.meta.live_to_writing();
         let slot = self.slot;
         slot.meta.compare_exchange(self.meta.0, writing.0, Ordering::Acquire, Ordering::Relaxed).ok()?;
         // Whoever sees one of the stores that follow also sees that the slot was being written.
         fence(Ordering::Release);
-        Some(Amend { slot, after: Meta::new(State::Live, next(self.meta.version()), expires_ms) })
+        Some(Amend { slot, after: self.meta.live_to_next(expires_ms) })
     }
 }
 
