@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 /// Bound for the daemon's start, which asks QEMU what it can do, and for every command.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Configuration of its QEMU driver: nothing that needs a whole system around it.
 const QEMU_CONF: &str = "user = \"root\"\ngroup = \"root\"\ndynamic_ownership = 0\nsecurity_driver = \"none\"\ncgroup_controllers = []\n\
@@ -21,8 +21,15 @@ for place in /run /var/lib/libvirt /var/log/libvirt /var/cache/libvirt /etc/libv
     mkdir -p "$place"
     mount -t tmpfs tmpfs "$place"
 done
+# The user that Debian's libvirt looks for, and does not use here.
+for file in passwd group; do
+    { grep -v '^libvirt-qemu:' "/etc/$file"; [ $file = passwd ] && echo 'libvirt-qemu:x:64055:64055::/:/bin/false' || echo 'libvirt-qemu:x:64055:'; } > "$2/$file"
+    mount --bind "$2/$file" "/etc/$file"
+done
 cp "$2/qemu.conf" /etc/libvirt/qemu.conf
-exec libvirtd -f "$2/libvirtd.conf"
+# Not in this process's place: the first process of a namespace must reap those that lose their parent, and QEMU does.
+libvirtd -f "$2/libvirtd.conf" &
+wait $!
 "#;
 
 /// A running daemon. It and its guests are killed on drop.
@@ -50,7 +57,8 @@ impl Libvirt {
         c.arg(&dir);
         let process = Process::spawn(c, &dir.join("libvirtd.log"))?;
         let libvirt = Self { process, dir };
-        wait::until("libvirtd", PATIENCE, || libvirt.virsh(&["version"]).is_ok()).with_context(|| libvirt.log())?;
+        // Listing guests asks the QEMU driver, which comes up last.
+        wait::until("libvirtd", PATIENCE, || libvirt.virsh(&["list"]).is_ok()).with_context(|| libvirt.log())?;
         Ok(libvirt)
     }
 
