@@ -469,7 +469,7 @@ fn what_is_said_about_migrations_takes_effect_at_once() {
     let migrating = |bandwidth: u32, when_late: &str| {
         let mut tree = to_tree(&sample());
         let keys = serde_json::json!({
-            "enabled": true, "host": "a", "listen": "192.0.2.1:1", "bandwidth_mbps": bandwidth,
+            "enabled": false, "host": "a", "listen": "192.0.2.1:1", "bandwidth_mbps": bandwidth,
             "rule": [{ "vm": "*", "peer": "*", "roles": ["receive"] }],
         });
         for (key, value) in keys.as_object().unwrap() {

@@ -5,6 +5,7 @@
 //! *snapshot*: a private copy of the frame's first bytes. Output is snapshot bytes (possibly
 //! rewritten) followed by a copy of the remaining bytes straight from the source buffers.
 #![allow(unsafe_code)] // Its job: reading port memory through raw pointers.
+use crate::copy::copy;
 use crate::counters::DropReason;
 
 /// Most frames handled in one go. Accepted frames of a burst are reported in a `u64` mask.
@@ -104,6 +105,8 @@ pub struct FrameMeta {
 #[repr(C, align(64))]
 #[derive(Clone)]
 struct Snapshot([u8; SNAPSHOT_BYTES]);
+
+static NOTHING: [u8; SNAPSHOT_BYTES] = [0; SNAPSHOT_BYTES];
 
 /// A burst of received frames. Allocated once per PMD thread and reused.
 pub struct RxBurst {
@@ -213,12 +216,29 @@ impl RxBurst {
     #[inline]
     pub fn finish_frame(&mut self, mark: usize, offload: Offload) -> bool {
         let count = self.segments.len().saturating_sub(mark);
-        let len = self.segments.get(mark..).unwrap_or_default().iter().map(|s| s.len).fold(0u32, u32::saturating_add);
+        let len = match self.segments.get(mark..).unwrap_or_default() {
+            [one] => one.len,
+            more => more.iter().map(|s| s.len).fold(0u32, u32::saturating_add),
+        };
         let Some(meta) = self.meta.get_mut(self.len) else {
             self.abandon_frame(mark);
             return false;
         };
         *meta = FrameMeta { len, first_segment: mark as u16, segments: count as u16, snapshot_len: 0, offload };
+        self.len += 1;
+        true
+    }
+
+    /// Adds a frame that is one piece of `len` > 0 bytes. False, and nothing was added, when the burst is full.
+    ///
+    /// # Safety
+    /// As [`Self::push_segment`].
+    #[inline(always)]
+    pub unsafe fn push_frame(&mut self, addr: *const u8, len: u32, offload: Offload) -> bool {
+        let first = self.segments.len();
+        let Some(meta) = self.meta.get_mut(self.len).filter(|_| first < BURST_SEGMENTS) else { return false };
+        self.segments.push(Segment { addr, len });
+        *meta = FrameMeta { len, first_segment: first as u16, segments: 1, snapshot_len: 0, offload };
         self.len += 1;
         true
     }
@@ -252,6 +272,7 @@ impl RxBurst {
 
     /// Enlarges frame `i`'s snapshot to [`SNAPSHOT_BYTES`] when its headers reach deeper. Bytes already taken are kept,
     /// so that nothing that was looked at can change.
+    #[cold]
     pub fn extend_snapshot(&mut self, i: usize) {
         self.fill_snapshot(i, SNAPSHOT_BYTES);
     }
@@ -271,12 +292,22 @@ impl RxBurst {
         let _ = i;
     }
 
-    #[inline]
+    #[inline(always)]
     fn fill_snapshot(&mut self, i: usize, want: usize) {
         let (Some(meta), Some(snap)) = (self.meta.get_mut(i), self.snapshots.get_mut(i)) else { return };
         let want = want.min(SNAPSHOT_BYTES).min(meta.len as usize);
         let have = usize::from(meta.snapshot_len);
         if want <= have {
+            return;
+        }
+        if have == 0
+            && let Some(seg) = self.segments.get(usize::from(meta.first_segment))
+            && seg.len as usize >= want
+        {
+            // SAFETY: `push_segment`'s caller keeps the segment's bytes, at least `want`, mapped; the snapshot has as many, and port
+            // memory is not private memory.
+            unsafe { copy(snap.0.as_mut_ptr(), seg.addr, want) };
+            meta.snapshot_len = want as u16;
             return;
         }
         let segs = self
@@ -307,6 +338,24 @@ impl RxBurst {
         match (self.meta.get(i), self.snapshots.get(i)) {
             (Some(m), Some(s)) if i < self.len => s.0.get(..usize::from(m.snapshot_len)).unwrap_or_default(),
             _ => &[],
+        }
+    }
+
+    /// Frame `i`'s private header copy with the room behind it, and how many bytes of it are the frame's. A frame that is not there has none.
+    #[inline(always)]
+    pub fn head(&self, i: usize) -> (&[u8; SNAPSHOT_BYTES], usize) {
+        match (self.meta.get(i), self.snapshots.get(i)) {
+            (Some(m), Some(s)) if i < self.len => (&s.0, usize::from(m.snapshot_len)),
+            _ => (&NOTHING, 0),
+        }
+    }
+
+    /// Frame `i`'s private header copy with the room behind it, and its facts, changeable.
+    #[inline(always)]
+    pub fn frame_mut(&mut self, i: usize) -> Option<(&[u8; SNAPSHOT_BYTES], &mut FrameMeta)> {
+        match (self.meta.get_mut(i), self.snapshots.get(i)) {
+            (Some(meta), Some(snapshot)) if i < self.len => Some((&snapshot.0, meta)),
+            _ => None,
         }
     }
 
@@ -364,7 +413,7 @@ impl<'a> Body<'a> {
             let n = (len as usize).min(dst.len() - done);
             // SAFETY: `push_segment`'s caller keeps addr..addr+len mapped while the burst is borrowed;
             // dst has n bytes left at `done`; private and port memory do not overlap.
-            unsafe { core::ptr::copy_nonoverlapping(addr, dst.as_mut_ptr().add(done), n) };
+            unsafe { copy(dst.as_mut_ptr().add(done), addr, n) };
             done += n;
             if done == dst.len() {
                 break;

@@ -7,6 +7,7 @@
 pub mod bridge;
 pub mod clock;
 pub mod conntrack;
+pub mod copy;
 pub mod counters;
 pub mod divert;
 pub mod enforce;
@@ -19,6 +20,7 @@ pub mod packet;
 pub mod pmd;
 pub mod port;
 pub mod qsbr;
+mod router;
 pub mod switch;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

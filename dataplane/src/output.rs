@@ -5,7 +5,7 @@ use arrayvec::ArrayVec;
 use crate::bridge::fdb::PortId;
 use crate::bridge::{Forwarding, PortEntry};
 use crate::counters::{DropReason, RxLedger, TxLedger};
-use crate::frame::{BURST, Gso, MAX_FRAME_BYTES, Offload, RxBurst, TxFrame};
+use crate::frame::{BURST, FrameMeta, Gso, MAX_FRAME_BYTES, Offload, RxBurst, TxFrame};
 use crate::offload::{REWRITE_BYTES, Segment, SegmentChecksum, Segmenter, VlanAction, finish_checksum, rewrite_l2};
 use crate::packet;
 use crate::port::{TxCapabilities, TxPort, TxReport};
@@ -41,6 +41,17 @@ impl Batch {
             *slot = (i as u8, action);
             self.len += 1;
         }
+    }
+    /// Adds the frames `from..to` of the burst.
+    #[inline]
+    pub fn push_run(&mut self, from: usize, to: usize, action: VlanAction) {
+        let len = usize::from(self.len);
+        let count = to.saturating_sub(from);
+        let Some(slots) = self.items.get_mut(len..len + count) else { return };
+        for (i, slot) in (from..to).zip(slots) {
+            *slot = (i as u8, action);
+        }
+        self.len += count as u8;
     }
     #[inline]
     fn items(&self) -> &[(u8, VlanAction)] {
@@ -191,33 +202,79 @@ impl Sender {
             (0, limit) | (limit, 0) => limit,
             (a, b) => a.min(b),
         };
-        let mut plans = ArrayVec::<Plan, BURST>::new();
-        for (slot, &(i, action)) in items.iter().enumerate() {
-            plans.push(self.plan(burst, slot, usize::from(i), action, &caps));
+        if !self.send_as_is(guard, burst, port, ledger, items, &caps) {
+            self.send_finished(guard, burst, port, ledger, items, &caps);
         }
-        // Runs of ordinary frames go out in one piece; a frame to be segmented goes between them, so that order is kept.
-        let mut from = 0;
-        for (slot, plan) in plans.iter().enumerate() {
-            if let Plan::Segment { head_len, replaced, offload } = *plan {
-                self.send_run(guard, burst, port, ledger, items, &plans, from..slot, &caps);
-                from = slot + 1;
-                let i = items.get(slot).map_or(0, |&(i, _)| usize::from(i));
-                self.send_segments(guard, burst, port, ledger, slot, i, head_len, replaced, offload, &caps);
-            }
-        }
-        self.send_run(guard, burst, port, ledger, items, &plans, from..plans.len(), &caps);
         if port.divert.is_none() {
             port.tx.flush(guard, guard.index());
         }
     }
 
-    /// What has to be done to frame `i` (place `slot` in the batch) before this output can take it.
+    /// Sends the batch if nothing has to be done to any of its frames; otherwise does nothing.
     #[inline]
+    fn send_as_is<T: TxPort>(
+        &mut self,
+        guard: &Guard,
+        burst: &RxBurst,
+        port: &PortEntry<T>,
+        ledger: &TxLedger,
+        items: &[(u8, VlanAction)],
+        caps: &TxCapabilities,
+    ) -> bool {
+        let mut frames = ArrayVec::<TxFrame<'_>, BURST>::new();
+        let mut numbers = ArrayVec::<u8, BURST>::new();
+        for &(i, action) in items {
+            let Some(meta) = burst.meta(usize::from(i)) else { return false };
+            if action != VlanAction::Keep || !is_plain(meta, caps) || too_long(meta.len, caps) {
+                return false;
+            }
+            let head = burst.snapshot(usize::from(i));
+            let flow_hash = if caps.multiqueue { packet::flow_hash(head) } else { 0 };
+            let body = burst.body(usize::from(i), head.len() as u32);
+            if frames.try_push(TxFrame { head, body, offload: meta.offload, flow_hash }).is_err()
+                || numbers.try_push(i).is_err()
+            {
+                return false;
+            }
+        }
+        transmit((&mut self.delivered, &mut self.reasons, &mut self.report), guard, port, ledger, &frames, &numbers);
+        true
+    }
+
+    /// Sends the batch, whatever has to be done to its frames.
+    #[inline(never)]
+    fn send_finished<T: TxPort>(
+        &mut self,
+        guard: &Guard,
+        burst: &RxBurst,
+        port: &PortEntry<T>,
+        ledger: &TxLedger,
+        items: &[(u8, VlanAction)],
+        caps: &TxCapabilities,
+    ) {
+        let mut plans = ArrayVec::<Plan, BURST>::new();
+        for (slot, &(i, action)) in items.iter().enumerate() {
+            plans.push(self.plan(burst, slot, usize::from(i), action, caps));
+        }
+        // Runs of ordinary frames go out in one piece; a frame to be segmented goes between them, so that order is kept.
+        let mut from = 0;
+        for (slot, plan) in plans.iter().enumerate() {
+            if let Plan::Segment { head_len, replaced, offload } = *plan {
+                self.send_run(guard, burst, port, ledger, items, &plans, from..slot, caps);
+                from = slot + 1;
+                let i = items.get(slot).map_or(0, |&(i, _)| usize::from(i));
+                self.send_segments(guard, burst, port, ledger, slot, i, head_len, replaced, offload, caps);
+            }
+        }
+        self.send_run(guard, burst, port, ledger, items, &plans, from..plans.len(), caps);
+    }
+
+    /// What has to be done to frame `i` (place `slot` in the batch) before this output can take it.
     fn plan(&mut self, burst: &RxBurst, slot: usize, i: usize, action: VlanAction, caps: &TxCapabilities) -> Plan {
         let Some(meta) = burst.meta(i) else { return Plan::Refuse(DropReason::RxBadHeader) };
         let owed = meta.offload;
         let plain = owed.gso == Gso::None;
-        if plain && (action == VlanAction::Keep) && (!owed.needs_csum || caps.csum) {
+        if action == VlanAction::Keep && is_plain(meta, caps) {
             return if too_long(meta.len, caps) { Plan::Refuse(DropReason::TxTooLong) } else { Plan::AsIs };
         }
         let snapshot = burst.snapshot(i);
@@ -265,8 +322,7 @@ impl Sender {
     }
 
     /// Sends the frames `range` of the batch, none of which is to be segmented.
-    #[expect(clippy::too_many_arguments, reason = "splits send_batch in two for the reader; inlined")]
-    #[inline]
+    #[expect(clippy::too_many_arguments, reason = "facts of one batch")]
     fn send_run<T: TxPort>(
         &mut self,
         guard: &Guard,
@@ -302,24 +358,16 @@ impl Sender {
             frames.push(TxFrame { head, body: burst.body(usize::from(i), skip), offload, flow_hash });
             numbers.push(i);
         }
-        if frames.is_empty() {
-            return;
+        if !frames.is_empty() {
+            transmit(
+                (&mut self.delivered, &mut self.reasons, &mut self.report),
+                guard,
+                port,
+                ledger,
+                &frames,
+                &numbers,
+            );
         }
-        self.report.reset(DropReason::TxNotReady);
-        port.send(guard, &frames, &mut self.report);
-        let (mut sent, mut bytes) = (0u64, 0u64);
-        for (k, (&i, frame)) in numbers.iter().zip(&frames).enumerate() {
-            if self.report.accepted >> k & 1 == 1 {
-                self.delivered |= 1 << i;
-                sent += 1;
-                bytes += u64::from(frame.len());
-            } else {
-                let reason = self.report.reason.get(k).copied().unwrap_or(DropReason::TxNotReady);
-                refuse(&mut self.reasons, usize::from(i), reason, ledger);
-            }
-        }
-        ledger.frames.add(sent);
-        ledger.bytes.add(bytes);
     }
 
     /// Segments frame `i` in software and sends the pieces. It counts as forwarded when any of them was taken.
@@ -403,6 +451,41 @@ fn refuse(reasons: &mut [DropReason; BURST], i: usize, reason: DropReason, ledge
     if let Some(c) = ledger.refused.get(reason as usize) {
         c.add(1);
     }
+}
+
+/// Sends frames, of which `numbers` are the places in the burst, and counts. `verdicts`: which were accepted, and why others were not.
+#[inline]
+fn transmit<T: TxPort>(
+    verdicts: (&mut u64, &mut [DropReason; BURST], &mut TxReport),
+    guard: &Guard,
+    port: &PortEntry<T>,
+    ledger: &TxLedger,
+    frames: &[TxFrame<'_>],
+    numbers: &[u8],
+) {
+    let (delivered, reasons, report) = verdicts;
+    report.reset(DropReason::TxNotReady);
+    port.send(guard, frames, report);
+    let (mut sent, mut bytes, mut arrived) = (0u64, 0u64, 0u64);
+    for (k, (&i, frame)) in numbers.iter().zip(frames).enumerate() {
+        if report.accepted >> k & 1 == 1 {
+            arrived |= 1 << (i & 63);
+            sent += 1;
+            bytes += u64::from(frame.len());
+        } else {
+            let reason = report.reason.get(k).copied().unwrap_or(DropReason::TxNotReady);
+            refuse(reasons, usize::from(i), reason, ledger);
+        }
+    }
+    *delivered |= arrived;
+    ledger.frames.add(sent);
+    ledger.bytes.add(bytes);
+}
+
+/// Nothing is owed that the output does not take over.
+#[inline(always)]
+fn is_plain(meta: &FrameMeta, caps: &TxCapabilities) -> bool {
+    meta.offload.gso == Gso::None && (!meta.offload.needs_csum || caps.csum)
 }
 
 #[inline]

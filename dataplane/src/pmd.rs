@@ -79,6 +79,43 @@ pub struct PmdCounters {
     pub sleeps: Counter,
     /// Time slept, nanoseconds.
     pub sleep_ns: Counter,
+    /// Where the cycles go.
+    pub stages: StageCounters,
+}
+
+/// Cycles by stage of the packet path, of bursts that were timed: reading the time-stamp counter costs as much as handling a frame or two,
+/// so small bursts are sampled.
+#[derive(Debug, Default)]
+pub struct StageCounters {
+    /// Frames of timed bursts.
+    pub frames: Counter,
+    /// Taking frames from the sender's queue, and finding others empty.
+    pub receive: Counter,
+    /// Header copies, judgement, look-up.
+    pub route: Counter,
+    /// Copying frames to their outputs.
+    pub send: Counter,
+    /// Giving the buffers back, and counting.
+    pub release: Counter,
+    /// Expiry and ageing: all rounds, whether or not frames came.
+    pub housekeeping: Counter,
+}
+
+/// [`StageCounters`] at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct StageStats {
+    /// Frames of timed bursts.
+    pub frames: u64,
+    /// Taking frames from the sender's queue.
+    pub receive: u64,
+    /// Header copies, judgement, look-up.
+    pub route: u64,
+    /// Copying frames to their outputs.
+    pub send: u64,
+    /// Giving the buffers back, and counting.
+    pub release: u64,
+    /// Expiry and ageing: all rounds, whether or not frames came.
+    pub housekeeping: u64,
 }
 
 /// [`PmdCounters`] at one moment.
@@ -98,6 +135,8 @@ pub struct PmdStats {
     pub sleeps: u64,
     /// Time slept, nanoseconds.
     pub sleep_ns: u64,
+    /// Where the cycles went.
+    pub stages: StageStats,
 }
 
 impl PmdCounters {
@@ -111,6 +150,14 @@ impl PmdCounters {
             idle_cycles: self.idle_cycles.get(),
             sleeps: self.sleeps.get(),
             sleep_ns: self.sleep_ns.get(),
+            stages: StageStats {
+                frames: self.stages.frames.get(),
+                receive: self.stages.receive.get(),
+                route: self.stages.route.get(),
+                send: self.stages.send.get(),
+                release: self.stages.release.get(),
+                housekeeping: self.stages.housekeeping.get(),
+            },
         }
     }
 }

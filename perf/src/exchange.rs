@@ -134,7 +134,7 @@ impl<R: DriverRing> Pair<R> {
                 self.guests[to].rx.publish(self.guests[to].rx.free());
             }
             turns += 1;
-            if turns % 64 == 0 {
+            if turns.is_multiple_of(64) {
                 self.guests[from].kick();
                 self.guests[to].kick();
                 let deadline = *deadline.get_or_insert_with(|| Instant::now() + Duration::from_millis(100));
@@ -201,7 +201,7 @@ impl<R: DriverRing> Pair<R> {
                 sent += u64::from(n);
             }
             turns += 1;
-            if turns % 64 == 0 {
+            if turns.is_multiple_of(64) {
                 a.kick();
                 b.kick();
             }
@@ -244,9 +244,7 @@ impl<R: DriverRing> Pair<R> {
                 under_way += 1;
                 work = true;
             }
-            for side in 0..2 {
-                let other_end = side == 1;
-                let guest = &mut self.guests[side];
+            for (guest, (out, other_end)) in self.guests.iter_mut().zip(waiting.iter_mut().zip([false, true])) {
                 let n = guest.rx.collect(u16::MAX).context("nonsense in a ring")?;
                 for i in 0..n {
                     let buffer = guest.rx.buffer(guest.rx.collected(i).buffer);
@@ -256,13 +254,13 @@ impl<R: DriverRing> Pair<R> {
                     let connection = Frames::connection_of(
                         u16::from_be_bytes([header[0], header[1]]),
                         u16::from_be_bytes([header[2], header[3]]),
+                        other_end,
                     );
                     let index = connection.wrapping_sub(first);
                     if index >= count {
                         continue;
                     }
                     let seq = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
-                    let out = &mut waiting[side];
                     match (other_end, header[13] & (flags::SYN | flags::FIN | flags::RST)) {
                         (true, flags::SYN) => out.push_back((Step::SynAck, connection)),
                         (false, flags::SYN) => {
@@ -291,9 +289,9 @@ impl<R: DriverRing> Pair<R> {
                     work = true;
                 }
                 guest.tx.collect(u16::MAX).context("nonsense in a ring")?;
-                let n = (waiting[side].len() as u16).min(guest.tx.free());
+                let n = (out.len() as u16).min(guest.tx.free());
                 for i in 0..n {
-                    let Some((step, connection)) = waiting[side].pop_front() else { break };
+                    let Some((step, connection)) = out.pop_front() else { break };
                     let frames = if step == Step::Syn { &syn } else { replies.frames(step, other_end) };
                     // SAFETY: set_len has made room for the frame; the buffer is the driver's.
                     unsafe {

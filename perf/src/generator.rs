@@ -94,7 +94,7 @@ impl<R: DriverRing> Lane<R> {
             Some(c) => c.frame_bytes() + NET_HEADER <= self.guest.rx.buffer_len(),
             None => true,
         };
-        let look = self.rx_bursts % sample == 0;
+        let look = self.rx_bursts.is_multiple_of(sample);
         if single && !look {
             self.count(n);
         } else if single {

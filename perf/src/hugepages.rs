@@ -1,4 +1,5 @@
 //! Huge pages: DPDK's switches need them, and guests have them as they would under QEMU.
+use crate::process;
 use anyhow::{Context, Result, bail};
 use std::fs;
 
@@ -31,6 +32,10 @@ impl HugePages {
             return Ok(Self { before: None });
         }
         let wanted = before + pages - free_before;
+        process::on_signal(move || {
+            // Children have been told to end with this process; their pages come back a moment later.
+            let _ = fs::write(COUNT, before.to_string());
+        })?;
         fs::write(COUNT, wanted.to_string()).with_context(|| format!("{COUNT} (needs root)"))?;
         let this = Self { before: Some(before) };
         let now = free();

@@ -2,14 +2,17 @@
 //! crate tells how it measures; `ferry-perf help` how it is used.
 pub mod affinity;
 pub mod check;
+pub mod compare;
 pub mod exchange;
 pub mod frame;
 pub mod generator;
 pub mod guest;
 pub mod histogram;
 pub mod hugepages;
+pub mod peers;
 pub mod process;
 pub mod regime;
+pub mod report;
 pub mod results;
 pub mod run;
 pub mod stream;

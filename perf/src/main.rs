@@ -2,13 +2,18 @@
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use ferry_perf::hugepages::HugePages;
-use ferry_perf::regime::Environment;
-use ferry_perf::results::{self, Run};
-use ferry_perf::run::{Bench, Plan};
+use ferry_perf::regime::{self, Environment, Placement};
+use ferry_perf::results::{self, Measurement, Metric, Run};
+use ferry_perf::run::{Bench, Exchange, Plan};
+use ferry_perf::system::Kind;
 use ferry_perf::workload::{self, Workload};
-use std::path::PathBuf;
+use ferry_perf::{compare, peers, report};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// Connections per turn when their rate is measured.
+const HANDSHAKES: u32 = 200_000;
 
 /// Measures Ferry and its peers side by side, through the same vhost-user sockets.
 #[derive(Debug, Parser)]
@@ -36,7 +41,7 @@ enum Command {
         only: Option<String>,
         /// Only these systems.
         #[arg(long, value_delimiter = ',')]
-        systems: Vec<ferry_perf::system::Kind>,
+        systems: Vec<Kind>,
         /// Length of a window, milliseconds.
         #[arg(long, value_name = "MS")]
         window_ms: Option<u64>,
@@ -44,16 +49,74 @@ enum Command {
         #[arg(long)]
         windows: Option<usize>,
     },
-    /// Shows the machine's regime.
-    Probe,
+    /// All workloads, with connection rate and latency. Takes about half an hour.
+    Run {
+        /// Where the results go (JSON); the report goes beside it.
+        #[arg(long, value_name = "FILE", default_value = "target/perf/results.json")]
+        output: PathBuf,
+        /// Only workloads whose name contains this.
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
+        /// Most time for one workload's windows, seconds.
+        #[arg(long, value_name = "S", default_value_t = 30)]
+        budget_s: u64,
+        /// No latency and no rate of connections.
+        #[arg(long)]
+        throughput_only: bool,
+        /// Output of the micro-benchmarks, for the report.
+        #[arg(long, value_name = "FILE")]
+        micro: Option<PathBuf>,
+    },
+    /// Latency and rate of new connections only.
+    Exchange {
+        /// Turns of each switch.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// Only jobs whose name contains this: ping-pong, handshakes, fin, load.
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
+        /// Only these systems.
+        #[arg(long, value_delimiter = ',')]
+        systems: Vec<Kind>,
+    },
+    /// Makes the HTML report of a run's results.
+    Report {
+        /// Results of `ferry-perf run`.
+        results: PathBuf,
+        /// The page.
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Compares Ferry's figures of two runs; exit status 1 when one got worse.
+    Compare {
+        /// Earlier results.
+        old: PathBuf,
+        /// Later results.
+        new: PathBuf,
+        /// Loss that is not worth mentioning, percent.
+        #[arg(long, value_name = "PERCENT", default_value_t = 5.0)]
+        tolerance: f64,
+    },
+    /// Shows which peers are installed; with --install installs what is missing.
+    Peers {
+        /// Installs Debian packages (needs root).
+        #[arg(long)]
+        install: bool,
+    },
+    /// Shows the machine's regime: watches how near the two cores are.
+    Probe {
+        /// Seconds to watch.
+        #[arg(long, value_name = "S", default_value_t = 5)]
+        seconds: u64,
+    },
 }
 
 /// Huge pages for two OVS, one testpmd and the guests, of 2 MiB.
 const HUGE_PAGES: u64 = 1200;
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+    match run(&Cli::parse()) {
+        Ok(code) => code,
         Err(e) => {
             eprintln!("ferry-perf: {e:#}");
             ExitCode::FAILURE
@@ -61,69 +124,156 @@ fn main() -> ExitCode {
     }
 }
 
-fn measure(plan: Plan, workloads: &[Workload]) -> Result<Run> {
-    let _pages = HugePages::reserve(HUGE_PAGES)?;
-    let environment = Environment::probe(plan.generator_core, plan.switch_core, Vec::new())?;
-    let mut bench = Bench::new(plan)?;
+/// All throughput workloads, each reported as it is done.
+fn throughput(
+    bench: &mut Bench,
+    workloads: &[Workload],
+    save: impl Fn(&[Measurement]) -> Result<()>,
+) -> Result<Vec<Measurement>> {
     let most = workloads.iter().map(|w| w.connections).max().unwrap_or(1);
-    let mut throughput = Vec::new();
+    let mut done = Vec::new();
     for w in workloads {
         let m = bench.measure(w, most)?;
         for s in m.series.iter().filter(|s| s.failure.is_some()) {
             eprintln!("{}: {}: {}", w.name, s.system.name(), s.failure.as_deref().unwrap_or(""));
         }
-        for s in &m.series {
-            let all: Vec<String> = s
-                .windows
-                .iter()
-                .map(|w| {
-                    format!(
-                        "{:.2}{}({:.0}-{:.0}ns,{}/{},idle {:.0}%,steal {})",
-                        w.mpps,
-                        if w.valid() { "" } else { "!" },
-                        w.round_trip_ns[0],
-                        w.round_trip_ns[1],
-                        w.undisturbed,
-                        w.slices,
-                        w.generator_idle * 100.0,
-                        w.steal_ms
-                    )
-                })
-                .collect();
-            eprintln!("  {:<15} tracked {:?}: {}", s.system.name(), s.tracked, all.join(" "));
-        }
-        print!("{}", results::table(&m.rows()));
-        throughput.push(m);
+        let text = results::table(&m.rows());
+        // One heading for all.
+        let text = if done.is_empty() { text.as_str() } else { text.split_once('\n').map_or("", |(_, rest)| rest) };
+        print!("{text}");
+        done.push(m);
+        save(&done)?;
     }
-    Ok(Run { format: 1, environment, throughput })
+    Ok(done)
 }
 
-fn run(cli: Cli) -> Result<()> {
-    match cli.command {
+/// Latency and connection rate.
+fn exchanges(bench: &mut Bench, rounds: usize, only: Option<&str>, systems: &[Kind]) -> Result<Vec<Metric>> {
+    let latency = [Kind::TestpmdIo, Kind::FerryL2, Kind::FerryFirewall, Kind::OvsL2, Kind::OvsCt];
+    let stateful = [Kind::TestpmdIo, Kind::FerryFirewall, Kind::OvsCt];
+    let jobs: [(&str, Exchange, &[Kind]); 5] = [
+        ("ping-pong", Exchange::PingPong, &latency),
+        ("load-50", Exchange::Loaded(50), &latency),
+        ("load-90", Exchange::Loaded(90), &latency),
+        ("handshakes", Exchange::Handshakes(HANDSHAKES), &stateful),
+        ("handshakes-fin", Exchange::HandshakesWithClose(HANDSHAKES), &stateful),
+    ];
+    let mut all = Vec::new();
+    for (name, job, kinds) in jobs {
+        if only.is_some_and(|o| !name.contains(o)) {
+            continue;
+        }
+        let kinds: Vec<Kind> = kinds.iter().copied().filter(|k| systems.is_empty() || systems.contains(k)).collect();
+        let (metrics, failures) = bench.exchange(job, &kinds, rounds, 2 * HANDSHAKES)?;
+        for (kind, why) in failures {
+            eprintln!("{name}: {}: {why}", kind.name());
+        }
+        print!("{}", results::metrics_table(&metrics));
+        all.extend(metrics);
+    }
+    Ok(all)
+}
+
+fn read(file: &Path) -> Result<Run> {
+    let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+    serde_json::from_str(&text).with_context(|| file.display().to_string())
+}
+
+fn write(file: &Path, text: &str) -> Result<()> {
+    if let Some(folder) = file.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    std::fs::write(file, text).with_context(|| file.display().to_string())
+}
+
+fn run(cli: &Cli) -> Result<ExitCode> {
+    let (generator_core, switch_core) = (cli.generator_core, cli.switch_core);
+    let environment = || Environment::probe(generator_core, switch_core, peers::versions());
+    match &cli.command {
         Command::Quick { json, only, systems, window_ms, windows } => {
-            let mut plan = Plan::quick(cli.generator_core, cli.switch_core);
+            let mut plan = Plan::quick(generator_core, switch_core);
             if let Some(ms) = window_ms {
-                plan.window = Duration::from_millis(ms);
+                plan.window = Duration::from_millis(*ms);
             }
-            if let Some(n) = windows {
-                plan.wanted = n;
-            }
+            plan.wanted = windows.unwrap_or(plan.wanted);
             let mut workloads = workload::quick();
             workloads.retain(|w| only.as_ref().is_none_or(|o| w.name.contains(o.as_str())));
             for w in &mut workloads {
                 w.systems.retain(|s| systems.is_empty() || systems.contains(s));
             }
-            let run = measure(plan, &workloads)?;
+            let _pages = HugePages::reserve(HUGE_PAGES)?;
+            let done = throughput(&mut Bench::new(plan)?, &workloads, |_| Ok(()))?;
             if let Some(file) = json {
-                let text = serde_json::to_string_pretty(&run.rows())?;
-                std::fs::write(&file, text + "\n").with_context(|| file.display().to_string())?;
+                let rows: Vec<_> = done.iter().flat_map(Measurement::rows).collect();
+                write(file, &(serde_json::to_string_pretty(&rows)? + "\n"))?;
             }
-            Ok(())
         }
-        Command::Probe => {
-            let e = Environment::probe(cli.generator_core, cli.switch_core, Vec::new())?;
-            println!("{}", serde_json::to_string_pretty(&e)?);
-            Ok(())
+        Command::Run { output, only, budget_s, throughput_only, micro } => {
+            let micro =
+                micro.as_deref().map(std::fs::read_to_string).transpose().context("--micro")?.unwrap_or_default();
+            let plan = Plan { budget: Duration::from_secs(*budget_s), ..Plan::full(generator_core, switch_core) };
+            let mut workloads = workload::full();
+            workloads.retain(|w| only.as_ref().is_none_or(|o| w.name.contains(o.as_str())));
+            let _pages = HugePages::reserve(HUGE_PAGES)?;
+            let environment = environment()?;
+            let save = |throughput: &[Measurement], metrics: &[Metric]| {
+                let run = Run {
+                    format: 1,
+                    environment: environment.clone(),
+                    throughput: throughput.to_vec(),
+                    metrics: metrics.to_vec(),
+                    micro: micro.clone(),
+                };
+                write(output, &(serde_json::to_string_pretty(&run)? + "\n"))?;
+                write(&output.with_extension("html"), &report::html(&run))
+            };
+            let mut bench = Bench::new(plan)?;
+            let metrics = if *throughput_only { Vec::new() } else { exchanges(&mut bench, 5, None, &[])? };
+            save(&[], &metrics)?;
+            throughput(&mut bench, &workloads, |done| save(done, &metrics))?;
+            println!("{}\n{}", output.display(), output.with_extension("html").display());
+        }
+        Command::Exchange { rounds, only, systems } => {
+            let _pages = HugePages::reserve(HUGE_PAGES)?;
+            let mut bench = Bench::new(Plan::quick(generator_core, switch_core))?;
+            exchanges(&mut bench, *rounds, only.as_deref(), systems)?;
+        }
+        Command::Report { results, output } => {
+            let page = output.clone().unwrap_or_else(|| results.with_extension("html"));
+            write(&page, &report::html(&read(results)?))?;
+            println!("{}", page.display());
+        }
+        Command::Compare { old, new, tolerance } => {
+            let changes = compare::compare(&read(old)?, &read(new)?);
+            print!("{}", compare::table(&changes, tolerance / 100.0));
+            if changes.iter().any(|c| c.regression(tolerance / 100.0)) {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Command::Peers { install } => {
+            if *install {
+                peers::install()?;
+            }
+            let lines = peers::check();
+            for line in &lines {
+                match line {
+                    Ok(text) => println!("ok       {text}"),
+                    Err(text) => println!("missing  {text}"),
+                }
+            }
+            if lines.iter().any(Result::is_err) {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Command::Probe { seconds } => {
+            println!("{}", serde_json::to_string_pretty(&environment()?)?);
+            let end = Instant::now() + Duration::from_secs(*seconds);
+            while Instant::now() < end {
+                let ns = regime::round_trip_ns(generator_core, switch_core)?;
+                println!("cores {:.0} ns apart: {:?}", ns, Placement::of(ns));
+                std::thread::sleep(Duration::from_millis(500));
+            }
         }
     }
+    Ok(ExitCode::SUCCESS)
 }

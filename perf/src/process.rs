@@ -24,6 +24,7 @@ impl Process {
         let name = command.get_program().to_string_lossy().into_owned();
         let output = File::create(log).with_context(|| log.display().to_string())?;
         command.stdin(Stdio::piped()).stdout(output.try_clone()?).stderr(output);
+        die_with_parent(&mut command);
         let child = command.spawn().with_context(|| format!("starting {name}"))?;
         Ok(Self { child, log: log.to_path_buf(), name })
     }
@@ -97,6 +98,36 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Lets the child end with the thread that starts it, however that ends, and take signals that this process has blocked.
+#[allow(unsafe_code)] // What runs between fork and exec.
+fn die_with_parent(command: &mut Command) {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: both calls are async-signal-safe and touch nothing of the parent's.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            nix::sys::signal::SigSet::all().thread_unblock().map_err(Into::into)
+        });
+    }
+}
+
+/// From now on SIGINT and SIGTERM end the process after `last` has run. To be called before any thread is started.
+///
+/// # Errors
+/// When the signals cannot be blocked.
+pub fn on_signal(last: impl FnOnce() + Send + 'static) -> Result<()> {
+    let mut set = nix::sys::signal::SigSet::empty();
+    set.add(Signal::SIGINT);
+    set.add(Signal::SIGTERM);
+    set.thread_block()?;
+    std::thread::spawn(move || {
+        let _ = set.wait();
+        last();
+        std::process::exit(130);
+    });
+    Ok(())
 }
 
 /// Runs a command to its end and returns what it printed.

@@ -202,6 +202,23 @@ pub struct Row {
     pub wrong: u64,
 }
 
+/// A figure that is not throughput: a rate of connections, a time, memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Metric {
+    /// What was measured.
+    pub name: String,
+    /// Which switch.
+    pub system: Kind,
+    /// Unit.
+    pub unit: String,
+    /// Whether more is better.
+    pub higher_is_better: bool,
+    /// The figure.
+    pub figure: Figure,
+    /// Placement of the cores; `None`: all, because no placement had values of all switches.
+    pub placement: Option<Placement>,
+}
+
 /// A whole run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Run {
@@ -211,6 +228,12 @@ pub struct Run {
     pub environment: Environment,
     /// Throughput.
     pub throughput: Vec<Measurement>,
+    /// Everything else.
+    #[serde(default)]
+    pub metrics: Vec<Metric>,
+    /// Output of the micro-benchmarks, as it was printed.
+    #[serde(default)]
+    pub micro: String,
 }
 
 impl Run {
@@ -248,6 +271,34 @@ pub fn table(rows: &[Row]) -> String {
             ratio(r.ratio_vs_ovs),
             r.lost,
             r.wrong
+        );
+    }
+    t
+}
+
+/// Metrics as text, for terminals, with the ratio to testpmd's and OVS's.
+pub fn metrics_table(metrics: &[Metric]) -> String {
+    use std::fmt::Write;
+    let mut t = format!(
+        "{:<32} {:<16} {:>12} {:>23} {:>4} {:>9} {:>7}\n",
+        "what", "system", "median", "min..max", "", "x testpmd", "x OVS ct"
+    );
+    for m in metrics {
+        let ratio = |kind: Kind| {
+            let other = metrics.iter().find(|o| o.name == m.name && o.system == kind);
+            other.map_or("-".into(), |o| format!("{:.2}", m.figure.median / o.figure.median))
+        };
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            t,
+            "{:<32} {:<16} {:>12.2} {:>23} {:>4} {:>9} {:>7}",
+            m.name,
+            m.system.name(),
+            m.figure.median,
+            format!("{:.2}..{:.2}", m.figure.min, m.figure.max),
+            m.unit,
+            ratio(Kind::TestpmdIo),
+            ratio(Kind::OvsCt)
         );
     }
     t

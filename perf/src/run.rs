@@ -1,12 +1,15 @@
 //! Running workloads: all switches of a workload are up at once, one of them awake at a time, and take turns in short windows.
 use crate::affinity::{self, SchedStat, Urgency};
 use crate::check::Findings;
+use crate::exchange::Pair;
 use crate::frame::Transport;
 use crate::generator::{Generator, Tally};
 use crate::guest::ring::{DriverRing, RingFormat};
 use crate::guest::{GuestSpec, packed::PackedRing, split::SplitRing};
+use crate::histogram::Quantiles;
 use crate::regime;
-use crate::results::{Figure, MOST_WAITED, Measurement, Series, Window};
+use crate::regime::Placement;
+use crate::results::{Figure, MOST_WAITED, Measurement, Metric, Series, Window};
 use crate::stream::Step;
 use crate::system::{Kind, Setup, System};
 use crate::workload::Workload;
@@ -80,38 +83,9 @@ impl Bench {
     /// # Errors
     /// When the generator itself fails.
     pub fn measure(&mut self, workload: &Workload, most_connections: u32) -> Result<Measurement> {
-        let mtu = (workload.frame_bytes.saturating_sub(14)).max(1504);
-        let key = (workload.ports, mtu, workload.rules, most_connections.max(workload.connections));
-        if self.setup != Some(key) {
-            self.running.clear();
-            self.setup = Some(key);
-        }
-        let setup = Setup {
-            folder: self.folder.path().to_path_buf(),
-            ports: workload.ports,
-            switch_core: self.plan.switch_core,
-            generator_core: self.plan.generator_core,
-            mtu,
-            connections: key.3,
-            rules: workload.rules,
-        };
-        let mut failures = BTreeMap::new();
-        for &kind in &workload.systems {
-            if self.running.contains_key(&kind) {
-                continue;
-            }
-            // A folder that an earlier instance has left would hold its sockets.
-            let _ = std::fs::remove_dir_all(setup.folder.join(kind.name()));
-            match kind.start(&setup) {
-                Ok(mut system) => {
-                    system.process().pause();
-                    self.running.insert(kind, system);
-                }
-                Err(e) => {
-                    failures.insert(kind, format!("{e:#}"));
-                }
-            }
-        }
+        let mtu = workload.frame_bytes.saturating_sub(14).max(1504);
+        let connections = most_connections.max(workload.connections);
+        let failures = self.ensure(&workload.systems, (workload.ports, mtu, workload.rules, connections));
         let systems: Vec<&mut Box<dyn System>> =
             self.running.iter_mut().filter(|(k, _)| workload.systems.contains(k)).map(|(_, s)| s).collect();
         let plan = self.plan;
@@ -143,6 +117,71 @@ impl Bench {
             self.running.remove(&s.system);
         }
         Ok(Measurement { workload: workload.clone(), series })
+    }
+
+    /// Starts what is not up yet. `key` is ports, MTU, rules, connections. Returns what has failed, and why.
+    fn ensure(&mut self, kinds: &[Kind], key: (usize, usize, usize, u32)) -> BTreeMap<Kind, String> {
+        if self.setup != Some(key) {
+            self.running.clear();
+            self.setup = Some(key);
+        }
+        let setup = Setup {
+            folder: self.folder.path().to_path_buf(),
+            ports: key.0,
+            switch_core: self.plan.switch_core,
+            generator_core: self.plan.generator_core,
+            mtu: key.1,
+            connections: key.3,
+            rules: key.2,
+        };
+        let mut failures = BTreeMap::new();
+        for &kind in kinds {
+            if self.running.contains_key(&kind) {
+                continue;
+            }
+            // A folder that an earlier instance has left would hold its sockets.
+            let _ = std::fs::remove_dir_all(setup.folder.join(kind.name()));
+            match kind.start(&setup) {
+                Ok(mut system) => {
+                    system.process().pause();
+                    self.running.insert(kind, system);
+                }
+                Err(e) => {
+                    failures.insert(kind, format!("{e:#}"));
+                }
+            }
+        }
+        failures
+    }
+
+    /// Measures what two guests that answer each other see: `rounds` turns of each switch. Returns the metrics, and what
+    /// could not be measured.
+    ///
+    /// # Errors
+    /// When the generator itself fails.
+    pub fn exchange(
+        &mut self,
+        job: Exchange,
+        kinds: &[Kind],
+        rounds: usize,
+        most_connections: u32,
+    ) -> Result<(Vec<Metric>, BTreeMap<Kind, String>)> {
+        let mut failures = self.ensure(kinds, (2, 1504, 0, most_connections.max(job.connections())));
+        let plan = self.plan;
+        let systems: Vec<&mut Box<dyn System>> =
+            self.running.iter_mut().filter(|(k, _)| kinds.contains(k)).map(|(_, s)| s).collect();
+        let (metrics, failed) = std::thread::scope(|s| {
+            let thread = s.spawn(move || {
+                affinity::pin_self(plan.generator_core)?;
+                anyhow::Ok(exchange_rounds(&plan, job, rounds, systems))
+            });
+            thread.join().ok().context("the generator panicked")?
+        })?;
+        for kind in failed.keys() {
+            self.running.remove(kind);
+        }
+        failures.extend(failed);
+        Ok((metrics, failures))
     }
 
     /// Where logs and sockets are.
@@ -342,4 +381,170 @@ pub fn open<R: DriverRing>(generator: &mut Generator<R>, workload: &Workload) ->
         }
     }
     Ok(())
+}
+
+/// A job for two guests that answer each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exchange {
+    /// One frame of 64 bytes back and forth.
+    PingPong,
+    /// One direction at this share of what the switch can take in one direction, percent.
+    Loaded(u8),
+    /// New TCP connections: this many per turn.
+    Handshakes(u32),
+    /// The same, closed at once by FIN.
+    HandshakesWithClose(u32),
+}
+
+impl Exchange {
+    fn connections(self) -> u32 {
+        match self {
+            Self::Handshakes(n) | Self::HandshakesWithClose(n) => n * 2,
+            _ => 1,
+        }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::PingPong => "ping-pong-64".into(),
+            Self::Loaded(percent) => format!("one-way-64-at-{percent}%"),
+            Self::Handshakes(_) => "tcp-handshakes".into(),
+            Self::HandshakesWithClose(_) => "tcp-handshakes-with-fin".into(),
+        }
+    }
+
+    /// One turn: connections per second if that is what it measures, and times.
+    fn turn(self, pair: &mut Pair<SplitRing>) -> Result<(Option<f64>, Quantiles)> {
+        Ok(match self {
+            Self::PingPong => (None, pair.ping_pong(Duration::from_millis(300))?.quantiles()),
+            Self::Loaded(percent) => {
+                let saturated = Duration::from_millis(100);
+                let (taken, _) = pair.steady(200e6, saturated)?;
+                let most = taken.count() as f64 / saturated.as_secs_f64();
+                let (times, _) = pair.steady(most * f64::from(percent) / 100.0, Duration::from_millis(200))?;
+                (None, times.quantiles())
+            }
+            Self::Handshakes(n) | Self::HandshakesWithClose(n) => {
+                let close = matches!(self, Self::HandshakesWithClose(_));
+                let done = pair.handshakes(0, n, close)?;
+                (Some(done.per_second), done.setup_ns.quantiles())
+            }
+        })
+    }
+}
+
+struct Turn {
+    placement: Option<Placement>,
+    rate: Option<f64>,
+    times: Quantiles,
+}
+
+fn exchange_rounds(
+    plan: &Plan,
+    job: Exchange,
+    rounds: usize,
+    systems: Vec<&mut Box<dyn System>>,
+) -> (Vec<Metric>, BTreeMap<Kind, String>) {
+    let transport = match job {
+        Exchange::Handshakes(_) | Exchange::HandshakesWithClose(_) => Transport::Tcp,
+        _ => Transport::Udp,
+    };
+    let mut failures = BTreeMap::new();
+    let mut turns: BTreeMap<Kind, Vec<Turn>> = BTreeMap::new();
+    let mut pairs: Vec<(&mut Box<dyn System>, Option<_>)> = systems.into_iter().map(|s| (s, None)).collect();
+    for _ in 0..rounds {
+        for (system, pair) in &mut pairs {
+            let kind = system.kind();
+            if failures.contains_key(&kind) {
+                continue;
+            }
+            system.process().resume();
+            match exchange_turn(plan, job, transport, system, pair) {
+                Ok(turn) => turns.entry(kind).or_default().push(turn),
+                Err(e) => {
+                    failures.insert(kind, format!("{e:#}"));
+                    *pair = None;
+                }
+            }
+            system.process().pause();
+        }
+    }
+    for (system, pair) in &mut pairs {
+        system.process().resume();
+        *pair = None;
+        let _ = system.flush();
+        system.process().pause();
+    }
+    (exchange_metrics(job, &turns), failures)
+}
+
+fn exchange_turn(
+    plan: &Plan,
+    job: Exchange,
+    transport: Transport,
+    system: &mut Box<dyn System>,
+    pair: &mut Option<Pair<SplitRing>>,
+) -> Result<Turn> {
+    let fresh = pair.is_none();
+    if fresh {
+        let workload = Workload::stateful(transport, 64, 1);
+        let streams: Vec<_> = workload.streams().into_iter().map(|(_, _, s)| s).collect();
+        let [a, b] = system.sockets() else { anyhow::bail!("two ports are needed") };
+        let streams: [_; 2] = streams.try_into().ok().context("two streams")?;
+        *pair = Some(Pair::attach([a, b], &GuestSpec::new(64), streams)?);
+    }
+    let pair = pair.as_mut().context("attached")?;
+    let urgency = Urgent::new(system.process().id(), plan.switch_core)?;
+    // Switches take a moment to notice guests.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let ready = |pair: &mut Pair<SplitRing>| match transport {
+        Transport::Udp => pair.ping_pong(Duration::from_millis(20)).map(drop),
+        Transport::Tcp => match pair.handshakes(0, 32, false) {
+            Ok(h) if h.failed > 0 => Err(anyhow::anyhow!("{} of 32 connections failed", h.failed)),
+            other => other.map(drop),
+        },
+    };
+    while let Err(e) = ready(pair) {
+        if Instant::now() > deadline {
+            return Err(e.context("the switch does not forward"));
+        }
+    }
+    if transport == Transport::Tcp {
+        system.flush()?;
+    }
+    let before = regime::round_trip_ns(plan.generator_core, plan.switch_core)?;
+    let (rate, times) = job.turn(pair)?;
+    let after = regime::round_trip_ns(plan.generator_core, plan.switch_core)?;
+    drop(urgency);
+    if transport == Transport::Tcp {
+        system.flush()?;
+    }
+    let [before, after] = [before, after].map(Placement::of);
+    Ok(Turn { placement: (before == after).then_some(before), rate, times })
+}
+
+/// Only turns of one placement are compared: the one in which the switch with the fewest has the most.
+fn exchange_metrics(job: Exchange, turns: &BTreeMap<Kind, Vec<Turn>>) -> Vec<Metric> {
+    let least = |p| turns.values().map(|t| t.iter().filter(|t| t.placement == Some(p)).count()).min().unwrap_or(0);
+    let (near, far) = (least(Placement::Near), least(Placement::Far));
+    let placement = match near.max(far) {
+        0 => None,
+        _ if near >= far.min(3) => Some(Placement::Near),
+        _ => Some(Placement::Far),
+    };
+    let mut metrics = Vec::new();
+    for (&system, turns) in turns {
+        let counted: Vec<&Turn> = turns.iter().filter(|t| placement.is_none() || t.placement == placement).collect();
+        let mut push = |name: &str, unit: &str, higher_is_better, values: Vec<f64>| {
+            if let Some(figure) = Figure::of(&values) {
+                let name = if name.is_empty() { job.name() } else { format!("{} {name}", job.name()) };
+                metrics.push(Metric { name, system, unit: unit.into(), higher_is_better, figure, placement });
+            }
+        };
+        push("", "1/s", true, counted.iter().filter_map(|t| t.rate).collect());
+        push("p50", "us", false, counted.iter().map(|t| t.times.p50_us).collect());
+        push("p99", "us", false, counted.iter().map(|t| t.times.p99_us).collect());
+        push("p99.9", "us", false, counted.iter().map(|t| t.times.p999_us).collect());
+    }
+    metrics
 }

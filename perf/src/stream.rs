@@ -308,11 +308,10 @@ impl Frames {
         frame == scratch.as_slice()
     }
 
-    /// The connection that a frame of either direction of this conversation belongs to, by its ports.
+    /// The connection that a frame belongs to, by its ports.
     #[inline]
-    pub fn connection_of(source: u16, destination: u16) -> u32 {
-        let (opener, answerer) =
-            if source >= ANSWERER_PORT && destination < source { (destination, source) } else { (source, destination) };
+    pub fn connection_of(source: u16, destination: u16, from_opener: bool) -> u32 {
+        let (opener, answerer) = if from_opener { (source, destination) } else { (destination, source) };
         u32::from(answerer.wrapping_sub(ANSWERER_PORT)) << PER_ANSWERER_PORT_LOG2
             | u32::from(opener.wrapping_sub(OPENER_PORT))
     }
@@ -337,7 +336,7 @@ fn control_segment(kind: &FrameKind, from: &Station, to: &Station, step: Step) -
     let l4 = kind.transport_at();
     f.truncate(kind.payload_at());
     f.extend_from_slice(options);
-    f[l4 + 12] = ((20 + options.len()) / 4 << 4) as u8;
+    f[l4 + 12] = (((20 + options.len()) / 4) << 4) as u8;
     f[l4 + 13] = match step {
         Step::Syn => flags::SYN,
         Step::SynAck => flags::SYN | flags::ACK,
@@ -409,19 +408,18 @@ mod tests {
     fn handshake_frames_parse_and_have_right_checksums() {
         for ipv6 in [false, true] {
             for step in [Step::Syn, Step::SynAck, Step::Ack, Step::Fin, Step::LastAck] {
-                let spec = spec(Transport::Tcp, 128, ipv6, 40_000, true);
-                let mut frames = Frames::new(&spec, step).at(Position { seq: 33_000, connection: 33_000, lap: 0 });
-                let f = frame(&mut frames);
-                let end = ip_end(&spec.kind, &f);
-                assert!(f.len() >= 60 && spec.kind.checksum_right(&f[..end]), "{step:?}");
-                let headers = parse(&f, f.len() as u32).expect("parses");
-                assert_eq!(headers.l4.map(|l4| l4.proto), Some(IpProto::TCP));
-                let ports = [
-                    u16::from_be_bytes([f[spec.kind.transport_at()], f[spec.kind.transport_at() + 1]]),
-                    u16::from_be_bytes([f[spec.kind.transport_at() + 2], f[spec.kind.transport_at() + 3]]),
-                ];
-                assert_eq!(Frames::connection_of(ports[0], ports[1]), 33_000);
-                assert_eq!(Frames::connection_of(ports[1], ports[0]), 33_000);
+                for (connection, opener) in [(33_000, true), (33_000, false), (10_000, true), (10_000, false)] {
+                    let spec = spec(Transport::Tcp, 128, ipv6, 40_000, opener);
+                    let mut frames = Frames::new(&spec, step).at(Position { seq: 0, connection, lap: 0 });
+                    let f = frame(&mut frames);
+                    let end = ip_end(&spec.kind, &f);
+                    assert!(f.len() >= 60 && spec.kind.checksum_right(&f[..end]), "{step:?}");
+                    let headers = parse(&f, f.len() as u32).expect("parses");
+                    assert_eq!(headers.l4.map(|l4| l4.proto), Some(IpProto::TCP));
+                    let at = spec.kind.transport_at();
+                    let ports = [0, 2].map(|i| u16::from_be_bytes([f[at + i], f[at + i + 1]]));
+                    assert_eq!(Frames::connection_of(ports[0], ports[1], opener), connection);
+                }
             }
         }
     }

@@ -130,3 +130,53 @@ pub fn quick() -> Vec<Workload> {
         Workload::stateful(Transport::Udp, 1518, 1),
     ]
 }
+
+/// What `ferry-perf run` measures, in this order.
+pub fn full() -> Vec<Workload> {
+    let mut all = Vec::new();
+    all.extend([64, 128, 256, 512, 1024, 1518].map(Workload::l2));
+    all.extend([64, 1518].map(|bytes| Workload::l2(bytes).variant("packed", |w| w.rings = RingFormat::Packed)));
+    all.extend([64, 1518].map(|bytes| Workload::l2(bytes).variant("one-way", |w| w.both_directions = false)));
+    for transport in [Transport::Udp, Transport::Tcp] {
+        all.extend(
+            [1, 1000, 10_000, 100_000, 1_000_000].map(|n| Workload::stateful(transport, 64, n).per_port_zones()),
+        );
+    }
+    all.extend([512, 1518].map(|bytes| Workload::stateful(Transport::Udp, bytes, 1)));
+    all.push(Workload::stateful(Transport::Tcp, 1518, 1));
+    all.push(Workload::stateful(Transport::Udp, 1518, 10_000));
+    all.push(Workload::stateful(Transport::Udp, 64, 100_000).variant("skewed", |w| w.spread = Spread::Skewed));
+    all.push(Workload::stateful(Transport::Udp, 128, 10_000).variant("ipv6", |w| w.ipv6 = true));
+    all.push(Workload::stateful(Transport::Tcp, 128, 10_000).variant("ipv6", |w| w.ipv6 = true));
+    all.push(Workload::stateful(Transport::Udp, 64, 10_000).variant("packed", |w| w.rings = RingFormat::Packed));
+    // Each of these needs the switches to be started anew: last.
+    all.push(Workload::l2(9000));
+    all.push(Workload::l2(64).variant("16-ports", |w| w.ports = 16));
+    all.push(Workload::l2(64).variant("64-ports", |w| w.ports = 64));
+    for rules in [1000, 10_000] {
+        all.push(Workload::stateful(Transport::Tcp, 64, 1).variant(&format!("{rules}-rules"), |w| {
+            w.rules = rules;
+            w.systems = vec![Kind::FerryFirewall, Kind::OvsCt];
+        }));
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn workloads_have_names_of_their_own_and_frames_that_hold_a_stamp() {
+        for list in [quick(), full()] {
+            let names: BTreeSet<&str> = list.iter().map(|w| w.name.as_str()).collect();
+            assert_eq!(names.len(), list.len());
+            for w in &list {
+                let kind = FrameKind { bytes: w.frame_bytes, transport: w.transport, ipv6: w.ipv6 };
+                assert!(w.frame_bytes >= kind.shortest() && w.ports >= 2 * w.busy_pairs, "{}", w.name);
+                assert_eq!(w.streams().len(), 2 * w.busy_pairs);
+            }
+        }
+    }
+}

@@ -4,6 +4,7 @@ mod fake_switch;
 
 use fake_switch::{FakeSwitch, Fault};
 use ferry_perf::check::Findings;
+use ferry_perf::exchange::Pair;
 use ferry_perf::frame::{FrameKind, Station, Transport};
 use ferry_perf::generator::Generator;
 use ferry_perf::guest::GuestSpec;
@@ -147,4 +148,42 @@ fn nobody_listening_is_told() {
     let error = Generator::<SplitRing>::attach(&sockets, &GuestSpec::new(64)).err().expect("no switch");
     assert!(format!("{error:#}").contains("GET_FEATURES"), "{error:#}");
     server.join().expect("server");
+}
+
+fn pair(switch: &FakeSwitch, transport: Transport) -> Pair<SplitRing> {
+    let streams = Workload::stateful(transport, 64, 1).streams();
+    let streams = [streams[0].2.clone(), streams[1].2.clone()];
+    let [a, b] = <[_; 2]>::try_from(switch.sockets()).expect("two");
+    Pair::attach([&a, &b], &GuestSpec::new(64), streams).expect("attach")
+}
+
+#[test]
+fn handshakes_are_completed_with_and_without_close() {
+    let switch = FakeSwitch::start(Fault::None);
+    let mut p = pair(&switch, Transport::Tcp);
+    for (first, close) in [(0, false), (30_000, true)] {
+        let done = p.handshakes(first, 5000, close).expect("handshakes");
+        assert!(done.setup_ns.count() + done.failed >= 5000 && done.per_second > 0.0, "{done:?}");
+        // A loaded machine may keep the switch from answering in time; most connections are completed all the same.
+        assert!(done.failed < 2500, "{done:?}");
+    }
+}
+
+#[test]
+fn handshakes_that_lose_a_frame_are_counted_as_failed() {
+    let switch = FakeSwitch::start(Fault::Drop(500));
+    let done = pair(&switch, Transport::Tcp).handshakes(0, 2000, false).expect("handshakes");
+    assert!(done.failed > 0 && done.setup_ns.count() < 2000, "{done:?}");
+}
+
+#[test]
+fn latency_is_measured_frame_by_frame() {
+    let switch = FakeSwitch::start(Fault::None);
+    let mut p = pair(&switch, Transport::Udp);
+    let times = p.ping_pong(Duration::from_millis(50)).expect("ping-pong");
+    assert!(times.count() > 0 && times.quantile(0.5) > 0);
+    let (times, lost) = p.steady(20_000.0, Duration::from_millis(50)).expect("steady");
+    // How many are sent depends on how often this thread gets to run; all of them must arrive.
+    assert!(times.count() > 0 && times.count() <= 1000 && lost == 0, "{} arrived, {lost} lost", times.count());
+    drop(p);
 }

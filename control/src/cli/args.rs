@@ -266,6 +266,8 @@ pub struct StatsArgs {
 pub enum PmdCommand {
     /// Shows PMD threads, their load and their queues.
     Show,
+    /// Shows what a frame costs each PMD thread, in cycles by stage.
+    Perf,
     /// Gives a port's receive queue to another PMD thread.
     Assign {
         /// The port.

@@ -62,6 +62,7 @@ fn run(cli: &Cli) -> Result<String> {
         Command::Fdb(c) => fdb(cli, &client()?, c),
         Command::Stats(a) => stats(cli, &client()?, a),
         Command::Pmd(PmdCommand::Show) => show(cli, "/v1/pmds", |p: Pmds| pmds(&p.pmds)),
+        Command::Pmd(PmdCommand::Perf) => show(cli, "/v1/pmds", |p: Pmds| perf(&p.pmds)),
         Command::Pmd(PmdCommand::Assign { port, queue, pmd }) => {
             let path = format!("/v1/ports/{}/rxqs/{queue}", escape(port));
             outcome(cli, client()?.send(Method::PUT, &path, Some(&json!({ "pmd": pmd })))?)
@@ -658,6 +659,30 @@ fn pmds(pmds: &[PmdView]) -> String {
         ]);
     }
     t.render()
+}
+
+/// Time-stamp counter cycles per frame since the threads began.
+fn perf(pmds: &[PmdView]) -> String {
+    let mut t =
+        Table::new(&["PMD", "FRAMES", "PER BURST", "RECEIVE", "ROUTE", "SEND", "RELEASE", "SUM", "HOUSEKEEPING"]);
+    let ratio = |n: u64, of: u64| if of == 0 { "-".into() } else { format!("{:.1}", n as f64 / of as f64) };
+    for p in pmds {
+        let (s, c) = (&p.stats, &p.stats.stages);
+        let busy = s.busy_cycles + s.idle_cycles;
+        let share = if busy == 0 { 0.0 } else { c.housekeeping as f64 * 100.0 / busy as f64 };
+        t.row([
+            s.pmd.to_string(),
+            s.frames.to_string(),
+            ratio(s.frames, s.bursts),
+            ratio(c.receive, c.frames),
+            ratio(c.route, c.frames),
+            ratio(c.send, c.frames),
+            ratio(c.release, c.frames),
+            ratio(c.receive + c.route + c.send + c.release, c.frames),
+            format!("{share:.2}%"),
+        ]);
+    }
+    format!("{}\nCycles per frame; housekeeping as a share of all cycles.\n", t.render())
 }
 
 fn config_show(client: &Client, as_json: bool) -> Result<String> {

@@ -314,6 +314,26 @@ pub struct PmdStats {
     pub frames: u64,
     /// Bursts that held at least one frame.
     pub bursts: u64,
+    /// Where its cycles went, by stage.
+    #[serde(default)]
+    pub stages: StageCycles,
     /// Queues it serves, as `port/queue`.
     pub queues: Vec<String>,
+}
+
+/// Cycles by stage of the packet path, of the bursts that were timed: all but the smallest, and a sample of those.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageCycles {
+    /// Frames of timed bursts.
+    pub frames: u64,
+    /// Taking frames from the sender's queue.
+    pub receive: u64,
+    /// Looking at headers, judging, finding outputs.
+    pub route: u64,
+    /// Copying frames to their outputs.
+    pub send: u64,
+    /// Giving buffers back, and counting.
+    pub release: u64,
+    /// Expiry and ageing, of all rounds.
+    pub housekeeping: u64,
 }

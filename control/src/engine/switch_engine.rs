@@ -15,8 +15,8 @@ use ferry_dataplane::switch::{self, BridgeOptions, FirewallOptions, PmdOptions, 
 
 use super::sleeper::PollSleeper;
 use super::{
-    Engine, EngineError, FdbEntry, FirewallStats, Page, PmdStats, PortState, PortStats, RxStats, Stats, Trace, TxStats,
-    VmStats, firewall_view,
+    Engine, EngineError, FdbEntry, FirewallStats, Page, PmdStats, PortState, PortStats, RxStats, StageCycles, Stats,
+    Trace, TxStats, VmStats, firewall_view,
 };
 use crate::config::{BridgeConfig, DpdkConfig, PmdSpec, PortConfig, VmSpec};
 use crate::firewall::filter::Filter;
@@ -477,6 +477,14 @@ impl<O: Opener> Engine for SwitchEngine<O> {
                 iterations: r.stats.iterations,
                 frames: r.stats.frames,
                 bursts: r.stats.bursts,
+                stages: StageCycles {
+                    frames: r.stats.stages.frames,
+                    receive: r.stats.stages.receive,
+                    route: r.stats.stages.route,
+                    send: r.stats.stages.send,
+                    release: r.stats.stages.release,
+                    housekeeping: r.stats.stages.housekeeping,
+                },
                 sleeps: r.stats.sleeps,
                 sleep_ns: r.stats.sleep_ns,
                 queues: r.queues.iter().map(|q| format!("{}/{}", self.port_name(q.port), q.queue)).collect(),

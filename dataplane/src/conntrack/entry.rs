@@ -27,15 +27,85 @@ pub struct Connection {
     pub version: u32,
     /// The policy's generation under which [`Self::decision`] was taken; 0 for never.
     pub policy_generation: u32,
-    words: [u32; 12],
-    traffic: [Traffic; 2],
     /// What policy and limits noted.
     pub decision: Decision,
     retrans: u8,
     status: u8,
+    traffic: [Traffic; 2],
+    words: [u32; 12],
 }
 
 const _: () = assert!(size_of::<Connection>() == 120 && align_of::<Connection>() == 4);
+
+/// Where parts of a connection lie among its fifteen words of 64 bits: for whoever reads and changes single words in a table. What every
+/// packet touches comes first, so that it lies in as few cache lines as possible.
+pub(super) mod word {
+    use super::Connection;
+    use core::mem::offset_of;
+
+    /// The policy's generation, the decision, retransmissions, status, from the lowest bit on.
+    pub const NOTES: usize = offset_of!(Connection, policy_generation) / 8;
+    /// Packets (low half) and bytes in the original direction.
+    pub const ORIGINAL: usize = offset_of!(Connection, traffic) / 8;
+    /// The same in the reply direction.
+    pub const REPLY: usize = ORIGINAL + 1;
+    /// The first of the protocol's six.
+    pub const PROTOCOL: usize = offset_of!(Connection, words) / 8;
+
+    const _: () = assert!(
+        offset_of!(Connection, policy_generation) == 48
+            && offset_of!(Connection, decision) == 52
+            && offset_of!(Connection, retrans) == 54
+            && offset_of!(Connection, status) == 55
+            && offset_of!(Connection, traffic) == 56
+            && offset_of!(Connection, words) == 72
+    );
+}
+
+/// The word of an entry at [`word::NOTES`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Notes(pub u64);
+
+impl Notes {
+    #[inline(always)]
+    pub const fn policy_generation(self) -> u32 {
+        self.0 as u32
+    }
+    #[inline(always)]
+    pub const fn decision(self) -> Decision {
+        Decision((self.0 >> 32) as u16)
+    }
+    #[inline(always)]
+    pub const fn retrans(self) -> u8 {
+        (self.0 >> 48) as u8
+    }
+    #[inline(always)]
+    pub const fn with_retrans(self, retrans: u8) -> Self {
+        Self(self.0 & !(0xff << 48) | (retrans as u64) << 48)
+    }
+    #[inline(always)]
+    const fn status(self) -> u8 {
+        (self.0 >> 56) as u8
+    }
+    #[inline(always)]
+    pub const fn state(self) -> u8 {
+        self.status() & STATE
+    }
+    #[inline(always)]
+    pub const fn seen_reply(self) -> bool {
+        self.status() & SEEN_REPLY != 0
+    }
+    #[inline(always)]
+    pub const fn assured(self) -> bool {
+        self.status() & ASSURED != 0
+    }
+    /// As [`Connection::way`].
+    #[inline(always)]
+    pub const fn way(self, toward: Toward) -> Way {
+        let opened_by_remote = self.status() & OPENED_BY_REMOTE != 0;
+        if opened_by_remote == matches!(toward, Toward::Ingress) { Way::Original } else { Way::Reply }
+    }
+}
 
 impl Connection {
     /// A connection that a packet travelling `toward` opens. Expires at once unless given a time.
@@ -153,7 +223,7 @@ impl Connection {
     /// Makes the entry expire `timeout_ms` from now.
     #[inline]
     pub fn refresh(&mut self, now_ms: u64, timeout_ms: u32) {
-        self.expires_ms = (now_ms as u32).wrapping_add(timeout_ms.min(MAX_TIMEOUT_MS));
+        self.expires_ms = expiry(now_ms, timeout_ms);
     }
 
     /// Milliseconds until the entry expires; 0 when it has.
@@ -191,13 +261,19 @@ impl Connection {
             Way::Original => original,
             Way::Reply => reply,
         };
-        traffic.packets.add(1, dither);
-        traffic.bytes.add(bytes, dither);
+        traffic.count(bytes, dither);
     }
+}
+
+/// When an entry that is refreshed at `now_ms` expires, on the 32-bit clock.
+#[inline(always)]
+pub(super) fn expiry(now_ms: u64, timeout_ms: u32) -> u32 {
+    (now_ms as u32).wrapping_add(timeout_ms.min(MAX_TIMEOUT_MS))
 }
 
 /// Packets and bytes of one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
 pub struct Traffic {
     /// Packets.
     pub packets: Tally,
@@ -205,9 +281,30 @@ pub struct Traffic {
     pub bytes: Tally,
 }
 
+impl Traffic {
+    /// As a word of an entry.
+    #[inline(always)]
+    pub(super) const fn to_word(self) -> u64 {
+        self.packets.0 as u64 | (self.bytes.0 as u64) << 32
+    }
+
+    #[inline(always)]
+    pub(super) const fn from_word(word: u64) -> Self {
+        Self { packets: Tally(word as u32), bytes: Tally((word >> 32) as u32) }
+    }
+
+    /// Counts one packet.
+    #[inline(always)]
+    pub(super) fn count(&mut self, bytes: u32, dither: u32) {
+        self.packets.add(1, dither);
+        self.bytes.add(bytes, dither);
+    }
+}
+
 /// A counter in 32 bits: exact up to 2^27 (134 million), from then on a floating-point number of 27 bits that is right on average
 /// (what falls below its unit is added with the probability of its share), with a relative error below 1e-6. Goes up to 2^58.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
 pub struct Tally(u32);
 
 impl Tally {
@@ -236,6 +333,15 @@ impl Tally {
     /// Adds `n`; `dither` is any number that is evenly distributed.
     #[inline]
     pub fn add(&mut self, n: u32, dither: u32) {
+        // The usual case: exact before and after.
+        match self.0.checked_add(n) {
+            Some(sum) if sum <= Self::MANTISSA => self.0 = sum,
+            _ => self.add_scaled(n, dither),
+        }
+    }
+
+    #[cold]
+    fn add_scaled(&mut self, n: u32, dither: u32) {
         let mut exponent = self.0 >> Self::MANTISSA_BITS;
         let below = (1u64 << exponent) - 1;
         let units = (u64::from(n) + (u64::from(dither) & below)) >> exponent;

@@ -51,7 +51,7 @@ impl Way {
     }
 }
 
-const V6: u8 = 1;
+pub(super) const V6: u8 = 1;
 const REMOTE_ASKED: u8 = 2;
 
 /// A connection's identity, the same for both directions. 40 bytes without padding.

@@ -28,8 +28,10 @@ mod icmp;
 mod key;
 mod map;
 mod pick_up;
+mod plain;
 mod portable;
 mod sctp;
+mod steady;
 mod table;
 mod tcp;
 mod tracker;
@@ -49,12 +51,15 @@ pub use map::{
     ConnHandle, ConnMap, Cursor, DEFAULT_CAPACITY, Dirt, Imported, MAX_CAPACITY, MapError, MapStats, Observer, Removal,
     Tombstone, Uncollected, VERSION_BITS, VERSION_MAX, newer,
 };
+pub(crate) use map::{Likely, Whereabouts};
 pub use pick_up::PickUp;
+pub(crate) use plain::Plain;
 pub use portable::{
     MAX_AGE_MS, MAX_TCP_WINDOW, Portable, PortableError, PortableKey, PortableSctp, PortableSide, PortableState,
     PortableTcp,
 };
 pub use sctp::SctpState;
+pub(crate) use steady::{Terms, steady};
 pub use table::{Change, ConnTable, InsertError, ModelTable, Stored};
 pub use tcp::TcpState;
 pub use tracker::{Judgement, Tracked, Tracker};

@@ -337,7 +337,12 @@ impl Tcp {
 
     #[inline]
     pub(super) fn load(conn: &Connection) -> Self {
-        let &[e0, m0, w0, a0, e1, m1, w1, a1, bits, last_end, last_ack, last] = conn.words();
+        Self::unpack(conn.words(), conn.retrans())
+    }
+
+    #[inline(always)]
+    fn unpack(words: &[u32; 12], retrans: u8) -> Self {
+        let &[e0, m0, w0, a0, e1, m1, w1, a1, bits, last_end, last_ack, last] = words;
         Self {
             sides: [
                 Side {
@@ -366,7 +371,7 @@ impl Tcp {
             last_window: last as u16,
             // A segment is shorter than 2^16: its length says where it began.
             last_seq: last_end.wrapping_sub(last >> 16),
-            retrans: conn.retrans(),
+            retrans,
         }
     }
 
@@ -386,13 +391,11 @@ impl Tcp {
     /// What was agreed on at the beginning and what changes with the state: flags (but the transient one) and scales.
     const SEMANTIC_BITS: u32 = 0xf_ffff & !(UNACKNOWLEDGED | UNACKNOWLEDGED << 10);
 
-    /// Stores and says how much changed, state and time aside.
-    #[inline]
-    pub(super) fn store(&self, conn: &mut Connection) -> Change {
+    #[inline(always)]
+    fn pack(&self) -> [u32; 12] {
         let [a, b] = &self.sides;
-        let bits = self.bits();
         let last = u32::from(self.last_window) | (self.last_end.wrapping_sub(self.last_seq) & 0xffff) << 16;
-        let words = [
+        [
             a.end,
             a.max_end,
             a.max_window,
@@ -401,11 +404,18 @@ impl Tcp {
             b.max_end,
             b.max_window,
             b.max_ack,
-            bits,
+            self.bits(),
             self.last_end,
             self.last_ack,
             last,
-        ];
+        ]
+    }
+
+    /// Stores and says how much changed, state and time aside.
+    #[inline]
+    pub(super) fn store(&self, conn: &mut Connection) -> Change {
+        let words = self.pack();
+        let [_, _, _, _, _, _, _, _, bits, ..] = words;
         let &[_, _, _, _, _, _, _, _, old_bits, ..] = conn.words();
         let change = if (old_bits ^ bits) & Self::SEMANTIC_BITS != 0 {
             Change::Semantic
@@ -465,6 +475,37 @@ impl Connection {
         tcp.retrans = 0;
         tcp.store(self) != Change::None
     }
+}
+
+/// What an ordinary segment of an open connection changes.
+pub(super) struct Steady {
+    pub words: [u32; 12],
+    pub retrans: u8,
+    pub timeout_ms: u32,
+}
+
+/// What [`track`] does with a segment whose only significant flag is ACK, on an established, answered and assured connection of which
+/// these are the words, where all that changes is bookkeeping. `None`: something else is to be done; [`track`] knows what.
+#[inline(always)]
+pub(super) fn steady(
+    words: &[u32; 12],
+    retrans: u8,
+    segment: &Segment<'_>,
+    way: Way,
+    config: &TrackConfig,
+) -> Option<Steady> {
+    let segment = Segment { flags: Flags::ACK, ..*segment };
+    let mut tcp = Tcp::unpack(words, retrans);
+    let Fit::Accept = window(&mut tcp, &segment, Kind::Ack, way, TcpState::Established, config) else { return None };
+    tcp.last_kind = Kind::Ack;
+    tcp.last_way = way;
+    let timeout_ms = timeout(&tcp, TcpState::Established, Kind::Ack, config);
+    let after = tcp.pack();
+    let ([_, _, _, _, _, _, _, _, bits, ..], &[_, _, _, _, _, _, _, _, old_bits, ..]) = (after, words);
+    if (old_bits ^ bits) & Tcp::SEMANTIC_BITS != 0 {
+        return None;
+    }
+    Some(Steady { words: after, retrans: tcp.retrans, timeout_ms })
 }
 
 /// Begins a connection with `segment`, or says why it cannot.
@@ -701,6 +742,7 @@ enum Fit {
     Invalid,
 }
 
+#[inline(always)]
 fn window(tcp: &mut Tcp, segment: &Segment<'_>, kind: Kind, way: Way, state: TcpState, config: &TrackConfig) -> Fit {
     let syn = segment.flags.contains(Flags::SYN);
     let has_ack = segment.flags.contains(Flags::ACK);
@@ -836,6 +878,7 @@ fn window(tcp: &mut Tcp, segment: &Segment<'_>, kind: Kind, way: Way, state: Tcp
 }
 
 /// A SYN or SYN-ACK says where its sender begins and what it can do.
+#[cold]
 fn init_sender(sender: &mut Side, receiver: &mut Side, segment: &Segment<'_>, end: u32, win: u32, way: Way) {
     sender.end = end;
     sender.max_end = end;
@@ -881,6 +924,7 @@ pub(super) fn by_state(state: TcpState, t: &Timeouts) -> u32 {
     }
 }
 
+#[inline(always)]
 fn timeout(tcp: &Tcp, state: TcpState, kind: Kind, config: &TrackConfig) -> u32 {
     let t = &config.timeouts;
     let by_state = by_state(state, t);

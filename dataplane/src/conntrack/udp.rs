@@ -10,14 +10,14 @@ pub(super) const STREAM_AFTER_MS: u32 = 2000;
 /// UDP. The first word holds from when on the exchange is a stream.
 pub(super) fn track(conn: &mut Connection, fresh: bool, config: &TrackConfig, now_ms: u64) -> Step {
     let now = now_ms as u32;
-    let mut words = *conn.words();
-    let [stream_from, ..] = &mut words;
     if fresh {
+        let mut words = *conn.words();
+        let [stream_from, ..] = &mut words;
         *stream_from = now.wrapping_add(STREAM_AFTER_MS);
+        conn.set_words(words);
     }
-    // When the clock has gone round (an entry is never idle for that long), the difference looks negative again: assured stays.
-    let stream = conn.seen_reply() && (conn.assured() || (now.wrapping_sub(*stream_from) as i32) > 0);
-    conn.set_words(words);
+    let &[stream_from, ..] = conn.words();
+    let stream = conn.seen_reply() && (conn.assured() || has_lasted(stream_from, now));
     let was_assured = conn.assured();
     let t = &config.timeouts;
     if stream {
@@ -27,6 +27,13 @@ pub(super) fn track(conn: &mut Connection, fresh: bool, config: &TrackConfig, no
         conn.refresh(now_ms, t.udp_ms);
     }
     Step::Pass(if fresh || conn.assured() != was_assured { Change::Semantic } else { Change::Bookkeeping })
+}
+
+/// The exchange is a stream from now on. When the clock has gone round (an entry is never idle for that long), the difference looks
+/// negative again: assured stays.
+#[inline(always)]
+pub(super) fn has_lasted(stream_from: u32, now: u32) -> bool {
+    (now.wrapping_sub(stream_from) as i32) > 0
 }
 
 /// UDP-Lite (RFC 3828): a stream as soon as it is answered.

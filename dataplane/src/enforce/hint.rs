@@ -1,31 +1,17 @@
-//! Which connection a frame probably belongs to: so that its table lines can be fetched ahead, and to tell operators whose a frame
-//! was that was dropped before anybody looked closer.
+//! Which connection a frame probably belongs to: to tell operators whose a frame was that was dropped before anybody looked closer.
+//! Nothing is checked, and nothing may be decided by it.
 use core::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::conntrack::{Flow, Key, Toward};
 use crate::packet::{EtherType, IpProto, be16, chunk};
 
-/// Whether a packet without ports has a key.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Ports {
-    Needed,
-    Optional,
-}
-
-/// The key of a plain TCP or UDP packet at `l3`. Only a hint: nothing is checked, and nothing may be decided by it.
-#[inline]
-pub(crate) fn key(head: &[u8], ethertype: EtherType, l3: usize, toward: Toward, zone: u16) -> Option<Key> {
-    read(head, ethertype, l3, toward, zone, Ports::Needed)
-}
-
 /// Who sends to whom in a packet of any kind.
 pub(crate) fn flow(head: &[u8], ethertype: EtherType, l3: usize, toward: Toward, zone: u16) -> Option<Flow> {
-    let key = read(head, ethertype, l3, toward, zone, Ports::Optional)?;
+    let key = key(head, ethertype, l3, toward, zone)?;
     Some(Flow { key, toward, icmp: None })
 }
 
-#[inline(always)]
-fn read(head: &[u8], ethertype: EtherType, l3: usize, toward: Toward, zone: u16, ports_or_not: Ports) -> Option<Key> {
+fn key(head: &[u8], ethertype: EtherType, l3: usize, toward: Toward, zone: u16) -> Option<Key> {
     let (proto, src, dst, l4): (u8, core::net::IpAddr, core::net::IpAddr, usize) = match ethertype {
         EtherType::IPV4 => {
             let [first, _, _, _, _, _, _, _, _, proto, _, _, a, b, c, d, e, f, g, h] = *chunk::<20>(head, l3)?;
@@ -43,7 +29,6 @@ fn read(head: &[u8], ethertype: EtherType, l3: usize, toward: Toward, zone: u16,
     let proto = IpProto(proto);
     let (source, destination) = match proto {
         IpProto::TCP | IpProto::UDP => (be16(head, l4)?, be16(head, l4 + 2)?),
-        _ if ports_or_not == Ports::Needed => return None,
         _ => (0, 0),
     };
     Some(Key::new(toward, zone, proto, (src, source), (dst, destination)))

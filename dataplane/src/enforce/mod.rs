@@ -16,6 +16,7 @@ pub mod events;
 pub(crate) mod hint;
 pub(crate) mod pending;
 pub mod port;
+pub(crate) mod quick;
 mod reasons;
 pub(crate) mod stage;
 pub mod trace;

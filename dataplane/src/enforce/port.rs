@@ -92,8 +92,13 @@ impl Default for FirewallCounters {
 impl FirewallCounters {
     #[inline]
     pub(crate) fn count_state(&self, state: CtState) {
+        self.count_states(state, 1);
+    }
+
+    #[inline]
+    pub(crate) fn count_states(&self, state: CtState, packets: u64) {
         if let Some(counter) = self.states.get(state as usize) {
-            counter.add(1);
+            counter.add(packets);
         }
     }
 

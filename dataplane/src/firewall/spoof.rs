@@ -267,7 +267,17 @@ impl SpoofTable {
         self.mac_bit(mac) != 0
     }
 
+    /// A TCP or UDP packet, DHCP aside, that comes from the VM with this source MAC and source address passes [`Self::check`].
+    pub(crate) fn allows_source(&self, mac: MacAddr, address: IpAddr) -> bool {
+        let station = match address {
+            IpAddr::V4(a) => !is_martian_v4(a) && !a.is_unspecified(),
+            IpAddr::V6(a) => !is_martian_v6(a) && !a.is_unspecified(),
+        };
+        station && self.allows(mac, address)
+    }
+
     /// Anything is checked.
+    #[inline]
     pub fn is_enabled(&self) -> bool {
         self.enabled
     }
@@ -335,8 +345,7 @@ impl SpoofTable {
             let discover = udp == Some((DHCP_CLIENT, DHCP_SERVER)) && ip.dst() == Ipv4Addr::BROADCAST;
             return if discover { Ok(()) } else { Err(SpoofReason::UnspecifiedIpv4) };
         }
-        // RFC 1122, 3.2.1.3: 0/8, 127/8, class D, class E with broadcast.
-        if matches!(src.octets(), [0 | 127 | 224.., ..]) {
+        if is_martian_v4(src) {
             return Err(SpoofReason::MartianSource);
         }
         if self.macs_of(src.into()) & mac == 0 {
@@ -354,7 +363,7 @@ impl SpoofTable {
         let ip = Ipv6::new(bytes).map_err(|_| SpoofReason::SourceIpv6)?;
         let src = ip.src();
         let unspecified = src.is_unspecified();
-        if src.is_multicast() || src.is_loopback() || src.to_ipv4_mapped().is_some() {
+        if is_martian_v6(src) {
             return Err(SpoofReason::MartianSource);
         }
         if !unspecified && self.macs_of(src.into()) & mac == 0 {
@@ -486,6 +495,17 @@ impl SpoofTable {
         }
         Ok(())
     }
+}
+
+/// RFC 1122, 3.2.1.3: 0/8, 127/8, class D, class E with broadcast.
+#[inline]
+fn is_martian_v4(src: Ipv4Addr) -> bool {
+    matches!(src.octets(), [0 | 127 | 224.., ..])
+}
+
+#[inline]
+fn is_martian_v6(src: Ipv6Addr) -> bool {
+    src.is_multicast() || src.is_loopback() || src.to_ipv4_mapped().is_some()
 }
 
 /// Source and destination port of a UDP packet.

@@ -3,8 +3,6 @@
 //! A ring has a fixed set of buffers. They go to the device in the order in which they came back, so that nothing is
 //! rewritten while the device completes buffers in order: publishing a split-ring buffer then is an index, no more.
 use super::memory::{Area, GuestMemory};
-use super::packed::PackedRing;
-use super::split::SplitRing;
 use anyhow::{Result, bail};
 
 /// Which of the two ring formats.
@@ -133,13 +131,4 @@ pub trait DriverRing: Send {
 pub(super) fn descriptor_lens(spec: &RingSpec, bytes: usize) -> impl Iterator<Item = u32> {
     let per = spec.descriptor_bytes as usize;
     (0..usize::from(spec.chain)).map(move |i| bytes.saturating_sub(i * per).min(per) as u32)
-}
-
-/// Both formats side by side, where a type must be named.
-#[derive(Debug)]
-pub enum AnyRing {
-    /// Split.
-    Split(SplitRing),
-    /// Packed.
-    Packed(PackedRing),
 }

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -111,6 +111,10 @@ impl Session {
             frontend.set_vring_addr(i, &addresses).context("SET_VRING_ADDR")?;
             frontend.set_vring_kick(i, &kicks[i]).context("SET_VRING_KICK")?;
             frontend.set_vring_call(i, &calls[i]).context("SET_VRING_CALL")?;
+        }
+        // Messages are handled in order: once these are answered, both rings run.
+        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
         for i in 0..2 {
             frontend.set_vring_enable(i, true).context("SET_VRING_ENABLE")?;

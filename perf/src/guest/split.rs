@@ -41,7 +41,7 @@ unsafe impl Send for SplitRing {}
 
 impl SplitRing {
     fn atomic16(area: &Area, offset: usize) -> &AtomicU16 {
-        debug_assert!(offset + 2 <= area.len && offset % 2 == 0);
+        debug_assert!(offset + 2 <= area.len && offset.is_multiple_of(2));
         // SAFETY: the offset lies in the area, is even, and the area is page-aligned; the device accesses it concurrently,
         // which atomics allow.
         unsafe { AtomicU16::from_ptr(area.start.as_ptr().add(offset).cast()) }
@@ -85,12 +85,9 @@ impl DriverRing for SplitRing {
         let buffers = memory.take(stride * usize::from(spec.buffers()), 64)?;
         let count = spec.buffers();
         let mut order = vec![Completion { buffer: 0, len: 0 }; n];
-        let mut in_avail = vec![u16::MAX; n];
+        let in_avail = vec![u16::MAX; n];
         for b in 0..count {
             order[usize::from(b)].buffer = b;
-        }
-        for v in &mut in_avail {
-            *v = u16::MAX;
         }
         let mut ring = Self {
             spec,

@@ -19,7 +19,7 @@ impl Testpmd {
     /// # Errors
     /// When it is missing, or there are no huge pages.
     pub fn start(setup: &Setup) -> Result<Self> {
-        if setup.ports % 2 != 0 {
+        if !setup.ports.is_multiple_of(2) {
             bail!("testpmd forwards between pairs of ports");
         }
         let folder = setup.folder(Kind::TestpmdIo.name())?;

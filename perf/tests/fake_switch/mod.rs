@@ -84,7 +84,7 @@ impl DeviceRing {
     }
 
     fn pop_split(&mut self) -> Option<Chain> {
-        // SAFETY (all of this impl): offsets inside ring areas whose size the driver has announced.
+        // SAFETY: offsets inside ring areas whose size the driver has announced.
         unsafe {
             let available = AtomicU16::from_ptr(self.driver.add(2).cast()).load(Ordering::Acquire);
             if available == self.next {
@@ -109,7 +109,7 @@ impl DeviceRing {
     fn pop_packed(&mut self) -> Option<Chain> {
         let mut parts = Vec::new();
         loop {
-            // SAFETY: as above.
+            // SAFETY: offsets inside ring areas whose size the driver has announced.
             unsafe {
                 let d = self.desc.add(16 * usize::from(self.next));
                 let flags = AtomicU16::from_ptr(d.add(14).cast()).load(Ordering::Acquire);
@@ -132,7 +132,7 @@ impl DeviceRing {
     }
 
     fn push(&mut self, id: u16, len: u32, descriptors: u16) {
-        // SAFETY: as above.
+        // SAFETY: offsets inside ring areas whose size the driver has announced.
         unsafe {
             if self.packed {
                 let d = self.desc.add(16 * usize::from(self.used));

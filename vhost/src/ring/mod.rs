@@ -20,7 +20,6 @@
 //! | `transmit` | frames into chains of the guest's receive queue |
 #![allow(unsafe_code)] // Its job here: vouching for the ring areas that the formats are built on.
 mod chain;
-mod copy;
 mod packed;
 mod receive;
 mod split;
@@ -263,6 +262,17 @@ pub(crate) struct Chain {
     slots: u16,
 }
 
+/// A chain of one buffer.
+#[derive(Clone, Copy)]
+pub(crate) struct One {
+    chain: Chain,
+    /// Where it is mapped, and its guest address.
+    addr: *mut u8,
+    gpa: u64,
+    /// Bytes, not 0.
+    len: u32,
+}
+
 /// A chain that was found: `Ok` when all its pieces went to the sink, or why it has to go back unused.
 pub(crate) type Found = (Chain, Result<(), DropReason>);
 
@@ -287,6 +297,13 @@ pub(crate) trait Format {
     /// Looks at the chain at `at`, gives its pieces to `sink` and moves `at` behind it. `None`: nothing available.
     fn peek<S: Sink>(&mut self, core: &mut Core, at: &mut Self::Position, sink: &mut S)
     -> Result<Option<Found>, Fault>;
+    /// The chain at `at`, if it is known to be available and nothing but one buffer in one piece of memory, of the direction asked for;
+    /// moves `at` behind it. `None` says nothing: [`Self::peek`] finds out.
+    #[inline(always)]
+    fn peek_one(&mut self, core: &mut Core, at: &mut Self::Position, writable: bool) -> Option<One> {
+        let _ = (core, at, writable);
+        None
+    }
     /// Fetches into the cache what the next `count` chains need first. Reads nothing that matters.
     fn prefetch<S: Sink>(&mut self, core: &mut Core, count: u16);
     /// Enters a chain into the used ring, not yet visible. `len`: bytes written into it.

@@ -3,7 +3,7 @@
 use ferry_dataplane::counters::DropReason;
 use ferry_dataplane::frame::{BURST, MAX_FRAME_BYTES, Offload, RxBurst};
 
-use super::{Chain, Core, Fault, Format, MAX_BURST_DESCRIPTORS, MAX_FRAME_SEGMENTS, Sink, VringCounters};
+use super::{Chain, Core, Fault, Format, MAX_BURST_DESCRIPTORS, MAX_FRAME_SEGMENTS, One, Sink, VringCounters};
 use crate::net_header::{self, MAX_HEADER_BYTES, RawHeader};
 
 /// Shortest frame: an Ethernet header.
@@ -63,17 +63,8 @@ impl Sink for FrameSink<'_> {
             let n = self.header_left.min(len);
             if n == self.header_len {
                 // The usual case: the whole header at once.
-                // SAFETY: `addr` has n readable bytes, 12 or 10; alignment 1.
-                self.header = unsafe {
-                    let low = u64::from_le(addr.cast::<u64>().read_unaligned());
-                    let rest = addr.add(8);
-                    let high = if n == 12 {
-                        u32::from_le(rest.cast::<u32>().read_unaligned())
-                    } else {
-                        u32::from(u16::from_le(rest.cast::<u16>().read_unaligned()))
-                    };
-                    RawHeader { low, high }
-                };
+                // SAFETY: `addr` has n readable bytes, 12 or 10.
+                self.header = unsafe { read_header(addr, n) };
             } else {
                 // SAFETY: `addr` has n readable bytes.
                 unsafe { self.gather(addr, n) };
@@ -128,6 +119,38 @@ impl FrameSink<'_> {
     }
 }
 
+/// What is owed to the frame that a single buffer holds, if it holds a whole one behind its header.
+#[inline(always)]
+fn whole_frame(one: &One, core: &Core) -> Option<Offload> {
+    let header_len = core.header_len;
+    let frame_len = one.len.checked_sub(header_len)?;
+    if !(MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&frame_len) {
+        return None;
+    }
+    // SAFETY: the buffer has `header_len` readable bytes.
+    let header = unsafe { read_header(one.addr, header_len) };
+    net_header::decode(header, core.features).ok()
+}
+
+/// The header at `addr`, read once.
+///
+/// # Safety
+/// `header_len` bytes at `addr`, 12 or 10, are readable; any alignment.
+#[inline(always)]
+unsafe fn read_header(addr: *const u8, header_len: u32) -> RawHeader {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let low = u64::from_le(addr.cast::<u64>().read_unaligned());
+        let rest = addr.add(8);
+        let high = if header_len == 12 {
+            u32::from_le(rest.cast::<u32>().read_unaligned())
+        } else {
+            u32::from(u16::from_le(rest.cast::<u16>().read_unaligned()))
+        };
+        RawHeader { low, high }
+    }
+}
+
 /// Takes at most [`BURST`] chains, as far as they fit into the burst. On a fault the chains before it were taken.
 pub(super) fn receive<F: Format>(
     queue: &mut F,
@@ -148,6 +171,18 @@ pub(super) fn receive<F: Format>(
             || core.followed > MAX_BURST_DESCRIPTORS
         {
             break;
+        }
+        if let Some(one) = queue.peek_one(core, &mut at, false) {
+            if let Some(offload) = whole_frame(&one, core) {
+                let header_len = core.header_len;
+                // SAFETY: the buffer is longer than the header, and lies in guest memory, which stays mapped until the ring is stopped,
+                // which waits until the burst is over (grace period).
+                unsafe { burst.push_frame(one.addr.add(header_len as usize), one.len - header_len, offload) };
+                pending.push(one.chain);
+                queue.advance(at);
+                continue;
+            }
+            at = queue.position();
         }
         let mark = burst.segment_mark();
         let mut sink = FrameSink {

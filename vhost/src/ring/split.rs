@@ -5,8 +5,8 @@ use core::sync::atomic::{AtomicU16, Ordering, fence};
 
 use ferry_dataplane::counters::DropReason;
 
-use super::chain::{self, INDIRECT, NEXT, Table, Words};
-use super::{Chain, Core, Fault, FaultKind, Format, Found, Sink};
+use super::chain::{self, INDIRECT, NEXT, Table, WRITE, Words};
+use super::{Chain, Core, Fault, FaultKind, Format, Found, One, Sink};
 
 /// Driver: no notifications, please (VIRTQ_AVAIL_F_NO_INTERRUPT).
 const AVAIL_NO_INTERRUPT: u16 = 1;
@@ -18,21 +18,41 @@ const FLAGS: usize = 0;
 const IDX: usize = 2;
 const RING: usize = 4;
 
+/// An index in a word of 32 bits. As a `u16` it would be stored in 16 bits, and loaded in 32 together with what lies beside it where the
+/// compiler finds that shorter: such a load waits until the store has left the processor's buffer, which takes longer than a frame does.
+#[derive(Clone, Copy)]
+struct Number(u32);
+
+impl Number {
+    #[inline(always)]
+    const fn new(value: u16) -> Self {
+        Self(value as u32)
+    }
+    #[inline(always)]
+    const fn get(self) -> u16 {
+        self.0 as u16
+    }
+    #[inline(always)]
+    const fn set(&mut self, value: u16) {
+        self.0 = value as u32;
+    }
+}
+
 pub(crate) struct Split {
     desc: *const u8,
     avail: *const u8,
     used: *mut u8,
-    size: u16,
+    size: Number,
     /// Available index of the next chain to take.
-    next_avail: u16,
+    next_avail: Number,
     /// The driver's available index as last read: chains before it are known to be there.
-    avail_seen: u16,
+    avail_seen: Number,
     /// Used index including entries that are written but not published.
-    next_used: u16,
+    next_used: Number,
     /// Used index that the driver can see.
-    published: u16,
+    published: Number,
     /// Chains before this available index were prefetched.
-    prefetched: u16,
+    prefetched: Number,
 }
 
 // SAFETY: the pointers belong to a mapping that the owning Ring keeps alive, and only its current owner uses them.
@@ -53,9 +73,19 @@ impl Split {
     /// For a ring of `size` (a power of two), the areas are mapped as long as the value lives, and aligned: `desc` 16 bytes
     /// per descriptor, `avail` and `used` as in 2.7, with the event fields if event index is negotiated.
     pub(super) unsafe fn new(desc: *const u8, avail: *const u8, used: *mut u8, size: u16) -> Self {
-        let mut q =
-            Self { desc, avail, used, size, next_avail: 0, avail_seen: 0, next_used: 0, published: 0, prefetched: 0 };
-        let idx = u16::from_le(q.used_idx().load(Ordering::Relaxed));
+        let (size, none) = (Number::new(size), Number::new(0));
+        let mut q = Self {
+            desc,
+            avail,
+            used,
+            size,
+            next_avail: none,
+            avail_seen: none,
+            next_used: none,
+            published: none,
+            prefetched: none,
+        };
+        let idx = Number::new(u16::from_le(q.used_idx().load(Ordering::Relaxed)));
         (q.next_avail, q.avail_seen, q.next_used, q.published, q.prefetched) = (idx, idx, idx, idx, idx);
         q
     }
@@ -78,18 +108,18 @@ impl Split {
     /// The driver wants a notification when the used index passes this (2.7.10); follows the available ring's entries.
     #[inline(always)]
     fn used_event(&self) -> &AtomicU16 {
-        self.avail_field(RING + 2 * usize::from(self.size))
+        self.avail_field(RING + 2 * usize::from(self.size.get()))
     }
     /// The driver notifies when the available index passes this; follows the used ring's entries.
     #[inline(always)]
     fn avail_event_offset(&self) -> usize {
-        RING + 8 * usize::from(self.size)
+        RING + 8 * usize::from(self.size.get())
     }
 
     /// Number of the head descriptor at available index `at`.
     #[inline(always)]
     fn head(&self, at: u16) -> u16 {
-        let slot = usize::from(at & (self.size - 1));
+        let slot = usize::from(at & (self.size.get() - 1));
         u16::from_le(self.avail_field(RING + 2 * slot).load(Ordering::Relaxed))
     }
 
@@ -104,15 +134,15 @@ impl Split {
     fn refresh(&mut self) -> Result<(), Fault> {
         let idx = u16::from_le(self.avail_field(IDX).load(Ordering::Acquire));
         // More outstanding than the ring has is impossible for a driver that waits for its descriptors (2.7.13.1).
-        let outstanding = idx.wrapping_sub(self.published);
-        if outstanding > self.size {
+        let outstanding = idx.wrapping_sub(self.published.get());
+        if outstanding > self.size.get() {
             return Err((FaultKind::AvailJump, u32::from(outstanding)));
         }
         // An index that moves backwards within the ring would make chains available twice.
-        if idx.wrapping_sub(self.next_avail) > self.size {
-            return Err((FaultKind::AvailJump, u32::from(idx.wrapping_sub(self.next_avail))));
+        if idx.wrapping_sub(self.next_avail.get()) > self.size.get() {
+            return Err((FaultKind::AvailJump, u32::from(idx.wrapping_sub(self.next_avail.get()))));
         }
-        self.avail_seen = idx;
+        self.avail_seen.set(idx);
         Ok(())
     }
 
@@ -146,7 +176,7 @@ impl Split {
                 return Err((FaultKind::ChainTooLong, followed));
             }
             let next = words.fourth();
-            if next >= self.size {
+            if next >= self.size.get() {
                 return Err((FaultKind::NextOutOfRange, u32::from(next)));
             }
             // SAFETY: next < size, so the descriptor lies in the table.
@@ -160,24 +190,24 @@ impl Format for Split {
 
     #[inline]
     fn position(&self) -> u16 {
-        self.next_avail
+        self.next_avail.get()
     }
 
     #[inline(always)]
     fn advance(&mut self, to: u16) {
-        self.next_avail = to;
+        self.next_avail.set(to);
     }
 
     #[inline(always)]
     fn peek<S: Sink>(&mut self, core: &mut Core, at: &mut u16, sink: &mut S) -> Result<Option<Found>, Fault> {
-        if *at == self.avail_seen {
+        if *at == self.avail_seen.get() {
             self.refresh()?;
-            if *at == self.avail_seen {
+            if *at == self.avail_seen.get() {
                 return Ok(None);
             }
         }
         let head = self.head(*at);
-        if head >= self.size {
+        if head >= self.size.get() {
             return Err((FaultKind::HeadOutOfRange, u32::from(head)));
         }
         // SAFETY: head < size, so the descriptor lies in the table.
@@ -192,59 +222,76 @@ impl Format for Split {
         Ok(Some((Chain { id: head, slots: 1 }, result)))
     }
 
+    #[inline(always)]
+    fn peek_one(&mut self, core: &mut Core, at: &mut u16, writable: bool) -> Option<One> {
+        let head = self.head(*at);
+        if *at == self.avail_seen.get() || head >= self.size.get() {
+            return None;
+        }
+        // SAFETY: head < size, so the descriptor lies in the table.
+        let words = unsafe { Words::read(self.desc_ptr(head)) };
+        let direction = if writable { WRITE } else { 0 };
+        if words.third() & (NEXT | INDIRECT | WRITE) != direction || words.len() == 0 {
+            return None;
+        }
+        let addr = core.cursor.translate(words.addr(), words.len())?.as_ptr();
+        *at = at.wrapping_add(1);
+        Some(One { chain: Chain { id: head, slots: 1 }, addr, gpa: words.addr(), len: words.len() })
+    }
+
     fn prefetch<S: Sink>(&mut self, core: &mut Core, count: u16) {
-        if self.avail_seen.wrapping_sub(self.next_avail) < count {
+        if self.avail_seen.get().wrapping_sub(self.next_avail.get()) < count {
             // A fault found here is found again, and reported, by the next peek.
             let _ = self.refresh();
         }
-        let known = self.avail_seen.wrapping_sub(self.next_avail).min(count);
-        let done = self.prefetched.wrapping_sub(self.next_avail);
+        let known = self.avail_seen.get().wrapping_sub(self.next_avail.get()).min(count);
+        let done = self.prefetched.get().wrapping_sub(self.next_avail.get());
         // `prefetched` lags behind when chains were taken without it.
-        let from = if done <= self.size { done } else { 0 };
+        let from = if done <= self.size.get() { done } else { 0 };
         if from >= known {
             return;
         }
         for i in from..known {
-            chain::prefetch_read(self.desc_ptr(self.head(self.next_avail.wrapping_add(i))));
+            chain::prefetch_read(self.desc_ptr(self.head(self.next_avail.get().wrapping_add(i))));
         }
         for i in from..known {
-            let head = self.head(self.next_avail.wrapping_add(i));
-            if head < self.size {
+            let head = self.head(self.next_avail.get().wrapping_add(i));
+            if head < self.size.get() {
                 // SAFETY: head < size, so the descriptor lies in the table.
                 let words = unsafe { Words::read(self.desc_ptr(head)) };
                 chain::prefetch_buffer::<S>(core, words.addr(), words.len());
             }
         }
-        self.prefetched = self.next_avail.wrapping_add(known);
+        self.prefetched.set(self.next_avail.get().wrapping_add(known));
     }
 
     #[inline(always)]
     fn put_used(&mut self, _core: &mut Core, chain: Chain, len: u32) {
-        let slot = usize::from(self.next_used & (self.size - 1));
+        let slot = usize::from(self.next_used.get() & (self.size.get() - 1));
         // SAFETY: the entry lies in the used ring and is 4-aligned; the driver does not read it before the index says so.
         unsafe {
             let entry = self.used.add(RING + 8 * slot).cast::<u32>();
             write_volatile(entry, u32::from(chain.id).to_le());
             write_volatile(entry.add(1), len.to_le());
         }
-        self.next_used = self.next_used.wrapping_add(1);
+        self.next_used.set(self.next_used.get().wrapping_add(1));
     }
 
     fn publish(&mut self, core: &mut Core) -> bool {
-        let (old, new) = (self.published, self.next_used);
+        let (old, new) = (self.published.get(), self.next_used.get());
         if old == new {
             return false;
         }
         // 2.7.8.2, 2.7.14: the index becomes visible after the entries and after the data.
         self.used_idx().store(new.to_le(), Ordering::Release);
-        self.published = new;
+        self.published.set(new);
         // 2.7.7.2, 2.7.10: the driver's wish is read after the index is visible, or both sides could wait for each other.
         // The dirty log needs the same fence between the writes and its look at the bits.
         fence(Ordering::SeqCst);
         if core.log.is_some() {
             let count = new.wrapping_sub(old);
-            let first = old & (self.size - 1);
-            let until_wrap = count.min(self.size - first);
+            let first = old & (self.size.get() - 1);
+            let until_wrap = count.min(self.size.get() - first);
             core.log_device((RING + 8 * usize::from(first)) as u64, 8 * u32::from(until_wrap));
             if count > until_wrap {
                 core.log_device(RING as u64, 8 * u32::from(count - until_wrap));
@@ -263,7 +310,7 @@ impl Format for Split {
         if core.event_idx {
             // 2.7.10: a notification when the entry at avail_event is made available.
             let offset = self.avail_event_offset();
-            self.used_field(offset).store(self.next_avail.to_le(), Ordering::Relaxed);
+            self.used_field(offset).store(self.next_avail.get().to_le(), Ordering::Relaxed);
             core.log_device(offset as u64, 2);
         } else {
             self.used_field(FLAGS).store(0, Ordering::Relaxed);
@@ -272,7 +319,7 @@ impl Format for Split {
         // The wish is visible before the index is read, or a kick could be missed.
         fence(Ordering::SeqCst);
         core.log_commit();
-        u16::from_le(self.avail_field(IDX).load(Ordering::Acquire)) != self.next_avail
+        u16::from_le(self.avail_field(IDX).load(Ordering::Acquire)) != self.next_avail.get()
     }
 
     fn disarm(&mut self, core: &mut Core) {
@@ -289,7 +336,7 @@ impl Format for Split {
     }
 
     fn base(&self) -> u32 {
-        u32::from(self.published)
+        u32::from(self.published.get())
     }
 }
 

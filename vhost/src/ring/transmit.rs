@@ -3,11 +3,11 @@
 //! A frame either goes in whole or leaves the ring as it was: buffers are looked for first, and taken only when they
 //! suffice. The one exception are malformed chains, which go back to the guest unused so that they cannot block the ring.
 #![allow(unsafe_code)] // Its job: writing into guest buffers.
+use ferry_dataplane::copy::copy;
 use ferry_dataplane::counters::DropReason;
 use ferry_dataplane::frame::{BURST, TxFrame};
 use ferry_dataplane::port::TxReport;
 
-use super::copy::copy;
 use super::{Chain, Core, Fault, Format, MAX_BURST_DESCRIPTORS, Sink, VringCounters};
 use crate::net_header::{self, RawHeader, feature};
 
@@ -188,9 +188,23 @@ fn place<F: Format>(
 ) -> Result<(), Obstacle> {
     let header_len = core.header_len;
     let need = frame.len().saturating_add(header_len);
+    let mut at = queue.position();
+    if let Some(one) = queue.peek_one(core, &mut at, true) {
+        if one.len >= need {
+            let header = net_header::encode(&frame.offload, 1, core.features).map_err(Obstacle::Frame)?;
+            // SAFETY: the buffer was translated from a checked descriptor, holds `need` bytes, and stays mapped until the ring is stopped;
+            // the frame's own bytes are readable until its burst is released.
+            unsafe { write_frame_at(one.addr, header, header_len, frame) };
+            core.log_data(one.gpa, need);
+            queue.put_used(core, one.chain, need);
+            *used += 1;
+            queue.advance(at);
+            return Ok(());
+        }
+        at = queue.position();
+    }
     scratch.pieces.clear();
     scratch.chains.clear();
-    let mut at = queue.position();
     let none = Piece { addr: core::ptr::null_mut(), gpa: 0, len: 0 };
     let mut sink = RoomSink { first: none, more: &mut scratch.pieces, need, have: 0 };
     let Some((chain, result)) = queue.peek(core, &mut at, &mut sink)? else {
@@ -284,6 +298,34 @@ fn give_back<F: Format>(
     Obstacle::Frame(DropReason::TxBadDescriptor)
 }
 
+/// Header, head and body into one buffer.
+///
+/// # Safety
+/// The buffer at `to` is mapped, writable and holds header and frame; the frame's bytes are readable.
+#[inline(always)]
+unsafe fn write_frame_at(mut to: *mut u8, header: RawHeader, header_len: u32, frame: &TxFrame<'_>) {
+    // SAFETY: each part lies inside the buffer.
+    unsafe {
+        to.cast::<u64>().write_unaligned(header.low.to_le());
+        let rest = to.add(8);
+        if header_len == 12 {
+            rest.cast::<u32>().write_unaligned(header.high.to_le());
+        } else {
+            rest.cast::<u16>().write_unaligned((header.high as u16).to_le());
+        }
+        to = to.add(header_len as usize);
+        copy(to, frame.head.as_ptr(), frame.head.len());
+        if frame.body.is_empty() {
+            return;
+        }
+        to = to.add(frame.head.len());
+        for (src, len) in frame.body.pieces() {
+            copy(to, src, len as usize);
+            to = to.add(len as usize);
+        }
+    }
+}
+
 /// Header, head and body into the pieces.
 ///
 /// # Safety
@@ -291,24 +333,8 @@ fn give_back<F: Format>(
 #[inline(always)]
 unsafe fn write_frame(first: Piece, more: &[Piece], header: RawHeader, header_len: u32, frame: &TxFrame<'_>) {
     if more.is_empty() {
-        let mut to = first.addr;
-        // SAFETY: the one piece holds everything, so each part lies inside it.
-        unsafe {
-            to.cast::<u64>().write_unaligned(header.low.to_le());
-            let rest = to.add(8);
-            if header_len == 12 {
-                rest.cast::<u32>().write_unaligned(header.high.to_le());
-            } else {
-                rest.cast::<u16>().write_unaligned((header.high as u16).to_le());
-            }
-            to = to.add(header_len as usize);
-            copy(to, frame.head.as_ptr(), frame.head.len());
-            to = to.add(frame.head.len());
-            for (src, len) in frame.body.pieces() {
-                copy(to, src, len as usize);
-                to = to.add(len as usize);
-            }
-        }
+        // SAFETY: the one piece holds everything.
+        unsafe { write_frame_at(first.addr, header, header_len, frame) };
         return;
     }
     let mut writer = Writer::new(first, more);

@@ -40,6 +40,11 @@ pub(super) struct Places {
     tag: u32,
 }
 
+impl Places {
+    /// Of no key.
+    pub(super) const NONE: Self = Self { buckets: [0; 2], tag: u32::MAX };
+}
+
 /// A place: bucket number and place in it, in this order. Of two insertions of one key the one at the lower position wins.
 pub(super) type Position = (u32, u32);
 
@@ -109,6 +114,24 @@ impl Index {
             }
             None
         })
+    }
+
+    /// The first slot that may have the key.
+    #[inline(always)]
+    pub fn first(&self, places: &Places) -> Option<u32> {
+        let [a, b] = places.buckets;
+        self.first_in(a, places.tag).or_else(|| self.first_in(b, places.tag))
+    }
+
+    #[inline(always)]
+    fn first_in(&self, bucket: u32, tag: u32) -> Option<u32> {
+        let bucket = self.bucket(bucket)?;
+        let hits = matches(bucket, tag, self.slot_bits);
+        if hits == 0 {
+            return None;
+        }
+        let word = bucket.get(hits.trailing_zeros() as usize)?.load(Ordering::Acquire);
+        Some(self.slot(word))
     }
 
     /// Every slot in a key's buckets.

@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use loom::sync::Arc;
 use loom::thread;
 
-use super::super::entry::Decision;
+use super::super::entry::{Decision, Tally, Traffic};
+use super::super::key::Way;
 use super::super::table::ConnTable;
 use super::sync::EVERY_ACCESS;
 use super::*;
@@ -105,11 +106,16 @@ fn race<const N: usize>(
     }
 }
 
+/// Length of the packets that are counted.
+const IP_LEN: u32 = 100;
+
 /// A sample whose two words of payload tell of each other and of the key.
 fn marked(n: u32, mark: u16) -> Connection {
     let mut c = sample(n);
     c.policy_generation = n << 8 | u32::from(mark);
     c.decision = Decision::from_bits((n as u16) << 8 | mark);
+    let packets = Tally::from_raw(c.policy_generation).unwrap();
+    c.set_traffic([Traffic { packets, bytes: Tally::default() }, Traffic::default()]);
     c
 }
 
@@ -121,6 +127,10 @@ fn versioned(mut c: Connection, version: u32) -> Connection {
 fn assert_whole(c: &Connection) {
     assert_eq!(c.policy_generation, u32::from(c.decision.bits()), "torn");
     assert_eq!(c.decision.bits() >> 8, c.key.remote_port, "another connection's");
+    // Packets begin at the mark.
+    let Traffic { packets, bytes } = c.traffic(Way::Original);
+    let counted = packets.get() - u64::from(c.policy_generation);
+    assert_eq!(bytes.get(), counted * u64::from(IP_LEN), "torn");
 }
 
 /// When all threads have come to rest: every entry in the index once, no key twice, every slot an entry or free, and the count right.
@@ -591,6 +601,68 @@ fn loom_a_free_slot_has_one_owner() {
                 rest | 1 << slot
             });
             assert_eq!(rest | mine | theirs, 3, "lost");
+        },
+    );
+}
+
+/// Counts one packet by the short way. Returns 1 if it went.
+fn counts(s: &Shared) -> u32 {
+    use super::super::entry::{expiry, word};
+    let key = sample(1).key.words();
+    let likely = s.map.prefetch_likely(&s.map.prefetch_places(key));
+    let Some(look) = s.map.look(likely, &key) else { return 0 };
+    let mut traffic = Traffic::from_word(look.word::<{ word::ORIGINAL }>());
+    traffic.count(IP_LEN, 0);
+    let Some(entry) = look.claim(expiry(0, 3_600_000)) else { return 0 };
+    entry.set::<{ word::ORIGINAL }>(traffic.to_word());
+    entry.commit();
+    s.map.note_bookkeeping(likely);
+    1
+}
+
+/// Changes of single words and of whole entries: none is lost, none is torn, and readers see entries of one piece.
+#[test]
+fn loom_single_words_against_updates_and_lookups() {
+    fn remarked(s: &Shared) -> u32 {
+        let mut handle = s.handle(1);
+        let Some(mut c) = handle.lookup(&sample(1).key, 0) else { return 0 };
+        let counted = c.traffic(Way::Original).packets.get() as u32 - c.policy_generation;
+        let marked = marked(1, 9);
+        (c.policy_generation, c.decision) = (marked.policy_generation, marked.decision);
+        let packets = Tally::from_raw(marked.policy_generation + counted).unwrap();
+        c.set_traffic([Traffic { packets, bytes: Tally::from_raw(counted * IP_LEN).unwrap() }, Traffic::default()]);
+        done(handle.update(&c, Change::Semantic))
+    }
+    race(
+        [2, 1],
+        || Shared::new(3, true),
+        [counts, remarked, |s| {
+            if let Some(c) = s.handle(2).lookup(&sample(1).key, 0) {
+                assert_whole(&c);
+            }
+            0
+        }],
+        |s, [counted, remarked, _]| {
+            let entries = assert_sound(&s.map);
+            let [c] = entries[..] else { panic!("{} entries", entries.len()) };
+            let packets = c.traffic(Way::Original).packets.get() as u32 - c.policy_generation;
+            assert_eq!(packets, counted, "lost");
+            assert_eq!(c.decision.bits() & 0xff, if remarked == 1 { 9 } else { 1 });
+            assert_eq!(c.version, s.copy().version + counted + remarked);
+        },
+    );
+}
+
+/// The same against removal and a new entry of the key in the slot.
+#[test]
+fn loom_single_words_against_removal_and_insertion() {
+    race(
+        [2, 1],
+        || Shared::new(3, true),
+        [counts, |s| done(s.handle(1).remove(&s.copy())), |s| s.inserts(&marked(1, 2), 0, 2)],
+        |s, [_, removed, inserted]| {
+            let entries = assert_sound(&s.map);
+            assert_eq!(entries.len() as u32, 1 - removed + inserted);
         },
     );
 }

@@ -58,7 +58,8 @@ use hash::Hasher;
 use index::{Index, Places, Position, prefetch};
 use meta::{Meta, State, newest, next};
 use slab::{SHARDS, Slab};
-use slot::{Busy, KeyWords};
+use slot::Busy;
+pub(super) use slot::{KeyWords, Look};
 use stats::Counters;
 use sync::{AtomicU32, AtomicU64, Ordering, fence, spin};
 
@@ -141,6 +142,24 @@ pub enum Imported {
     Older,
     /// Not stored: no room, and nothing that may be evicted; or other threads kept the key's places busy.
     Full,
+}
+
+/// Where a key is to be looked for in one map.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Whereabouts(Places);
+
+impl Whereabouts {
+    /// Nowhere.
+    pub(crate) const NONE: Self = Self(Places::NONE);
+}
+
+/// The slot in which a key's entry probably is, if anywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Likely(u32);
+
+impl Likely {
+    /// None.
+    pub(crate) const NONE: Self = Self(u32::MAX);
 }
 
 /// Another slot with a key.
@@ -278,6 +297,40 @@ impl ConnMap {
             slot.prefetch_rest();
             None
         });
+    }
+
+    /// First step of a batch of looks: finds out where a key is to be looked for, and fetches the buckets.
+    #[inline(always)]
+    pub(crate) fn prefetch_places(&self, key: KeyWords) -> Whereabouts {
+        let places = self.index.places(self.hasher.hash(key));
+        self.index.prefetch(&places, 0);
+        self.index.prefetch(&places, 1);
+        Whereabouts(places)
+    }
+
+    /// Second step: reads the buckets, fetches the entry that is probably the key's, and tells its slot.
+    #[inline(always)]
+    pub(crate) fn prefetch_likely(&self, whereabouts: &Whereabouts) -> Likely {
+        let found = self.index.first(&whereabouts.0);
+        if let Some(slot) = found.and_then(|number| self.slab.slot(number)) {
+            prefetch(slot);
+            slot.prefetch_second();
+        }
+        Likely(found.unwrap_or(u32::MAX))
+    }
+
+    /// Key `words`' entry in a slot that is probably its.
+    #[inline(always)]
+    pub(super) fn look(&self, likely: Likely, key: &KeyWords) -> Option<Look<'_>> {
+        self.slab.slot(likely.0)?.look(key)
+    }
+
+    /// An entry's time, windows or counters were changed.
+    #[inline(always)]
+    pub(super) fn note_bookkeeping(&self, likely: Likely) {
+        if self.dirty.is_on() {
+            self.dirty.lagging.set(likely.0);
+        }
     }
 
     /// The entry with this key, expired or not; from any thread.

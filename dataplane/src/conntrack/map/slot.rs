@@ -14,7 +14,7 @@ use super::meta::{Meta, State, next};
 use super::sync::{AtomicU64, Ordering, fence, spin};
 
 /// A key as words.
-pub(super) type KeyWords = [u64; 5];
+pub(in super::super) type KeyWords = [u64; 5];
 type Words = [u64; 15];
 
 /// Where the control word lies among an entry's words.
@@ -29,7 +29,7 @@ const REST: [usize; 9] = [6, 7, 8, 9, 10, 11, 12, 13, 14];
 #[cfg(loom)]
 const KEY: [usize; 1] = [4];
 #[cfg(loom)]
-const REST: [usize; 2] = [6, 14];
+const REST: [usize; 2] = [6, 7];
 
 /// Looks at a slot under change before giving up, about 10 us of them: a writer needs nanoseconds unless it was preempted.
 #[cfg(not(loom))]
@@ -173,6 +173,13 @@ impl Slot {
         from_words(words)
     }
 
+    /// This key's entry, unless it is being changed.
+    #[inline(always)]
+    pub fn look(&self, key: &KeyWords) -> Option<Look<'_>> {
+        let meta = self.meta();
+        (meta.is_live() && self.holds(key)).then_some(Look { slot: self, meta })
+    }
+
     /// A copy of the entry as it was when its control word was `meta`; `None` if it has changed.
     #[inline]
     pub fn copy(&self, meta: Meta) -> Option<Connection> {
@@ -293,6 +300,13 @@ impl Slot {
         super::index::prefetch(last);
     }
 
+    /// Fetches the cache line behind the first: with it, all that most packets need.
+    #[inline(always)]
+    pub fn prefetch_second(&self) {
+        let [_, second, ..] = &self.rest;
+        super::index::prefetch(second);
+    }
+
     /// The free slot after this one in a free list.
     #[inline]
     pub fn link(&self) -> u32 {
@@ -313,6 +327,79 @@ impl Slot {
 #[inline]
 fn expires_ms(words: &Words) -> u32 {
     words.get(META).map_or(0, |&word| word as u32)
+}
+
+/// A key's entry, read word by word rather than copied; of one piece only if [`Self::claim`] says so in the end.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Look<'a> {
+    slot: &'a Slot,
+    meta: Meta,
+}
+
+/// Where an entry's word lies among those that a slot keeps besides key and control word.
+const fn kept(word: usize) -> Option<usize> {
+    let mut rest: &[usize] = &REST;
+    let mut at = 0;
+    while let [first, others @ ..] = rest {
+        if *first == word {
+            return Some(at);
+        }
+        rest = others;
+        at += 1;
+    }
+    None
+}
+
+impl<'a> Look<'a> {
+    /// The entry's time is over.
+    #[inline(always)]
+    pub fn is_expired(&self, now_ms: u64) -> bool {
+        self.meta.is_expired(now_ms)
+    }
+
+    /// Word `N` of the entry, one of those behind the control word.
+    #[inline(always)]
+    pub fn word<const N: usize>(&self) -> u64 {
+        const { assert!(N > META && N < 15) };
+        const { kept(N) }.and_then(|at| self.slot.rest.get(at)).map_or(0, |word| word.load(Ordering::Relaxed))
+    }
+
+    /// Makes the entry the caller's alone, if it is still the one that was looked at. It will have the next version.
+    #[inline(always)]
+    pub fn claim(self, expires_ms: u32) -> Option<Amend<'a>> {
+        // All words were read after the control word, which is found unchanged here.
+        fence(Ordering::Acquire);
+        let writing = self.meta.with(State::Writing);
+        let slot = self.slot;
+        slot.meta.compare_exchange(self.meta.0, writing.0, Ordering::Acquire, Ordering::Relaxed).ok()?;
+        // Whoever sees one of the stores that follow also sees that the slot was being written.
+        fence(Ordering::Release);
+        Some(Amend { slot, after: Meta::new(State::Live, next(self.meta.version()), expires_ms) })
+    }
+}
+
+/// An entry of which single words are being replaced; to be ended by [`Self::commit`] without delay, as [`Claim`].
+#[must_use]
+pub(in super::super) struct Amend<'a> {
+    slot: &'a Slot,
+    after: Meta,
+}
+
+impl Amend<'_> {
+    /// Replaces word `N`.
+    #[inline(always)]
+    pub fn set<const N: usize>(&self, value: u64) {
+        const { assert!(N > META && N < 15) };
+        if let Some(word) = const { kept(N) }.and_then(|at| self.slot.rest.get(at)) {
+            word.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// Makes the entry an entry again.
+    #[inline(always)]
+    pub fn commit(self) {
+        self.slot.meta.store(self.after.0, Ordering::Release);
+    }
 }
 
 /// A slot was under change for longer than one may wait.

@@ -6,7 +6,7 @@
 /// # Safety
 /// `src..src+len` is readable and `dst..dst+len` writable. Others may write to both meanwhile; the bytes are not interpreted.
 #[inline(always)]
-pub(super) unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) {
+pub unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the contract is the caller's; each helper is given a length in its range.
     unsafe {

@@ -1,0 +1,66 @@
+//! What the packet path costs without rings: nanoseconds per frame of 64 bytes, one thread, ports in private memory.
+//!
+//!     cargo run --release -p ferry-dataplane --features testing --example packet_path [NAME ...]
+//!
+//! Shown is what the quietest bursts (2nd percentile) and the typical ones (median) take.
+use std::time::{Duration, Instant};
+
+use ferry_dataplane::clock::cycles;
+use ferry_dataplane::frame::BURST;
+use ferry_dataplane::testing::synthetic::{FirewallLoad, SyntheticKinds, firewall_worker, l2_worker};
+use ferry_dataplane::worker::Worker;
+
+/// How long each case is measured.
+const TIME: Duration = Duration::from_millis(800);
+
+/// Time-stamp counter ticks per nanosecond.
+fn ticks_per_ns() -> f64 {
+    let (began, from) = (Instant::now(), cycles());
+    while began.elapsed() < Duration::from_millis(50) {
+        std::hint::spin_loop();
+    }
+    (cycles() - from) as f64 / began.elapsed().as_nanos() as f64
+}
+
+fn main() {
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let per_ns = ticks_per_ns();
+    let measure = |name: &str, warm_up: usize, make: &dyn Fn() -> Worker<SyntheticKinds>| {
+        if !wanted.is_empty() && !wanted.iter().any(|w| name == w) {
+            return;
+        }
+        let mut worker = make();
+        for _ in 0..warm_up {
+            worker.step();
+        }
+        let mut samples = Vec::with_capacity(1 << 20);
+        let began = Instant::now();
+        while began.elapsed() < TIME {
+            for _ in 0..64 {
+                let from = cycles();
+                worker.step();
+                samples.push(cycles() - from);
+            }
+        }
+        samples.sort_unstable();
+        let at = |percent: usize| {
+            samples.get(samples.len() * percent / 100).map_or(0.0, |&t| t as f64 / per_ns / BURST as f64)
+        };
+        println!("{name:<28} {:>7.1} {:>7.1}", at(2), at(50));
+    };
+    println!("{:<28} {:>7} {:>7}", "", "quiet", "typical");
+    for (bytes, stations) in [(64, 1), (64, 1000), (1518, 1)] {
+        measure(&format!("l2 {bytes} B, {stations} pairs"), 2000, &|| {
+            l2_worker(bytes, stations).expect("a fresh domain has room for a reader")
+        });
+    }
+    for both_ends in [false, true] {
+        for connections in [1, 10_000, 1_000_000] {
+            let name = format!("{} {connections}", if both_ends { "both ends" } else { "one end" });
+            let load = FirewallLoad { frame_bytes: 64, connections, rules: 10, both_ends };
+            measure(&name, 2 * connections as usize / BURST + 2000, &|| {
+                firewall_worker(load).expect("memory for the tables").0
+            });
+        }
+    }
+}

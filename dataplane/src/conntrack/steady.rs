@@ -1,0 +1,582 @@
+//! The short way of a packet whose connection only needs its bookkeeping done.
+//!
+//! Most packets belong to a connection that is open, that the rules in force let pass, and in which they move nothing but windows,
+//! counters and expiry. For those the entry is changed where it lies: the few words that matter are read, and what changes is written
+//! under a claim that fails when anybody else has touched the entry since. What is written is what [`super::tracker`] would store, and
+//! the verdict is its verdict; in every other case nothing is touched, and it is asked.
+use super::config::TrackConfig;
+use super::entry::{Decision, Notes, Traffic, expiry, word};
+use super::key::{Toward, Way};
+use super::map::{ConnMap, KeyWords, Likely, Look};
+use super::plain::Plain;
+use super::tcp::{self, TcpState};
+use super::{CtState, udp};
+use crate::packet::IpProto;
+
+/// What holds for all packets that one port judges in one direction.
+#[derive(Clone, Copy)]
+pub(crate) struct Terms<'a> {
+    /// Connections judged under another generation of the rules are to be judged again.
+    pub generation: u32,
+    /// How connections are tracked.
+    pub config: &'a TrackConfig,
+    pub toward: Toward,
+    pub now_ms: u64,
+}
+
+/// Brings the connection of a plain packet up to date, and says what the packet is to it: it may pass. `None`, and nothing was changed:
+/// this is not for the short way. `likely`: the slot where the entry with the packet's `key` probably is.
+#[inline(always)]
+pub(crate) fn steady(
+    map: &ConnMap,
+    terms: &Terms<'_>,
+    packet: &Plain,
+    key: &KeyWords,
+    likely: Likely,
+    dither: u32,
+) -> Option<CtState> {
+    let look = map.look(likely, key)?;
+    let notes = Notes(look.word::<{ word::NOTES }>());
+    if look.is_expired(terms.now_ms) || notes.policy_generation() != terms.generation || !notes.decision().allowed() {
+        return None;
+    }
+    let way = notes.way(terms.toward);
+    let state = match packet.proto {
+        IpProto::UDP => steady_udp(&look, notes, way, terms, packet.ip_len, dither)?,
+        _ => steady_tcp(&look, notes, way, terms, packet, dither)?,
+    };
+    map.note_bookkeeping(likely);
+    Some(state)
+}
+
+/// One more packet counted in the word of its direction.
+#[inline(always)]
+fn counted(look: &Look<'_>, way: Way, ip_len: u32, dither: u32) -> u64 {
+    let mut traffic = Traffic::from_word(match way {
+        Way::Original => look.word::<{ word::ORIGINAL }>(),
+        Way::Reply => look.word::<{ word::REPLY }>(),
+    });
+    traffic.count(ip_len, dither);
+    traffic.to_word()
+}
+
+/// The limits count the connection as half-open, and it no longer is: they are to be told.
+#[inline(always)]
+fn owes_limits(decision: Decision, half_open: bool) -> bool {
+    decision.counts_half_open() && !half_open
+}
+
+#[inline(always)]
+fn steady_udp(look: &Look<'_>, notes: Notes, way: Way, terms: &Terms<'_>, ip_len: u32, dither: u32) -> Option<CtState> {
+    let answered = notes.seen_reply();
+    if !answered && way == Way::Reply || owes_limits(notes.decision(), !answered) {
+        return None;
+    }
+    if answered && !notes.assured() {
+        let stream_from = look.word::<{ word::PROTOCOL }>() as u32;
+        if udp::has_lasted(stream_from, terms.now_ms as u32) {
+            return None;
+        }
+    }
+    let timeouts = &terms.config.timeouts;
+    let timeout_ms = if answered && notes.assured() { timeouts.udp_stream_ms } else { timeouts.udp_ms };
+    let traffic = counted(look, way, ip_len, dither);
+    let entry = look.claim(expiry(terms.now_ms, timeout_ms))?;
+    match way {
+        Way::Original => entry.set::<{ word::ORIGINAL }>(traffic),
+        Way::Reply => entry.set::<{ word::REPLY }>(traffic),
+    }
+    entry.commit();
+    Some(if answered { CtState::Established } else { CtState::New })
+}
+
+#[inline(always)]
+fn steady_tcp(
+    look: &Look<'_>,
+    notes: Notes,
+    way: Way,
+    terms: &Terms<'_>,
+    packet: &Plain,
+    dither: u32,
+) -> Option<CtState> {
+    const P: usize = word::PROTOCOL;
+    if notes.state() != TcpState::Established as u8
+        || !notes.seen_reply()
+        || !notes.assured()
+        || owes_limits(notes.decision(), false)
+    {
+        return None;
+    }
+    let [a, b, c, d, e, f] = [
+        look.word::<P>(),
+        look.word::<{ P + 1 }>(),
+        look.word::<{ P + 2 }>(),
+        look.word::<{ P + 3 }>(),
+        look.word::<{ P + 4 }>(),
+        look.word::<{ P + 5 }>(),
+    ];
+    let (low, high) = (|word: u64| word as u32, |word: u64| (word >> 32) as u32);
+    let words = [low(a), high(a), low(b), high(b), low(c), high(c), low(d), high(d), low(e), high(e), low(f), high(f)];
+    let after = tcp::steady(&words, notes.retrans(), &packet.segment(), way, terms.config)?;
+    let traffic = counted(look, way, packet.ip_len, dither);
+    let entry = look.claim(expiry(terms.now_ms, after.timeout_ms))?;
+    let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+    let [a, b, c, d, e, f, g, h, i, j, k, l] = after.words;
+    entry.set::<P>(pair(a, b));
+    entry.set::<{ P + 1 }>(pair(c, d));
+    entry.set::<{ P + 2 }>(pair(e, f));
+    entry.set::<{ P + 3 }>(pair(g, h));
+    entry.set::<{ P + 4 }>(pair(i, j));
+    entry.set::<{ P + 5 }>(pair(k, l));
+    match way {
+        Way::Original => entry.set::<{ word::ORIGINAL }>(traffic),
+        Way::Reply => entry.set::<{ word::REPLY }>(traffic),
+    }
+    if after.retrans != notes.retrans() {
+        entry.set::<{ word::NOTES }>(notes.with_retrans(after.retrans).0);
+    }
+    entry.commit();
+    Some(CtState::Established)
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::super::PickUp;
+    use super::super::dissect::{Checksum, Dissected, Packet, Transport, dissect};
+    use super::super::table::{Change, ConnTable};
+    use super::super::tracker::{Judgement, judge};
+    use super::*;
+    use crate::firewall::limits::Admission;
+    use crate::frame::{Body, SNAPSHOT_BYTES};
+    use crate::offload::checksum::{Sum, internet_checksum};
+    use crate::packet::{MacAddr, parse, parse_l2};
+
+    struct Random(u64);
+
+    impl Random {
+        fn next(&mut self) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+        }
+        fn below(&mut self, n: u64) -> u64 {
+            (self.next() >> 20) % n
+        }
+        /// True once in `n` times.
+        fn one_in(&mut self, n: u64) -> bool {
+            self.below(n) == 0
+        }
+        fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+            from[self.below(from.len() as u64) as usize]
+        }
+    }
+
+    /// A segment, or a datagram when `flags` is none.
+    #[derive(Clone, Copy, Debug)]
+    struct Sent {
+        toward: Toward,
+        ipv6: bool,
+        tagged: bool,
+        port: u16,
+        flags: Option<u8>,
+        seq: u32,
+        ack: u32,
+        window: u16,
+        payload: usize,
+        options: &'static [u8],
+    }
+
+    const OPTIONS: [&[u8]; 6] = [
+        &[],
+        &[1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2],
+        &[1, 1, 5, 10, 0, 0, 3, 0, 0, 0, 4, 0],
+        &[3, 3, 7, 4, 2, 0],
+        &[2, 4, 5, 180, 1, 3, 3, 2],
+        &[1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2, 1, 1, 5, 10, 0, 0, 3, 0, 0, 0, 9, 0],
+    ];
+
+    fn frame(sent: &Sent) -> Vec<u8> {
+        let mut options = sent.options.to_vec();
+        options.resize(options.len().next_multiple_of(4), 0);
+        let (vm, other) = ((5000u16, 1u8), (sent.port, 2u8));
+        let (src, dst) = if sent.toward == Toward::Egress { (vm, other) } else { (other, vm) };
+        let mut l4 = [src.0.to_be_bytes(), dst.0.to_be_bytes()].concat();
+        let proto = match sent.flags {
+            Some(flags) => {
+                l4.extend(sent.seq.to_be_bytes());
+                l4.extend(sent.ack.to_be_bytes());
+                l4.extend([((20 + options.len()) << 2) as u8, flags]);
+                l4.extend(sent.window.to_be_bytes());
+                l4.extend([0; 4]);
+                l4.extend(&options);
+                6
+            }
+            None => {
+                l4.extend(((8 + sent.payload) as u16).to_be_bytes());
+                l4.extend([0, 0]);
+                17
+            }
+        };
+        l4.resize(l4.len() + sent.payload, 0x5a);
+        let address = |n: u8| if sent.ipv6 { [&[0xfd; 15][..], &[n]].concat() } else { vec![10, 0, 0, n] };
+        let addresses = [address(src.1), address(dst.1)].concat();
+        let mut sum = Sum::new();
+        sum.add_bytes(&addresses);
+        sum.add_u16(proto);
+        sum.add_u16(l4.len() as u16);
+        sum.add_bytes(&l4);
+        let at = if proto == 6 { 16 } else { 6 };
+        // A UDP checksum may be missing.
+        if proto == 6 || !sent.seq.is_multiple_of(4) {
+            l4[at..at + 2].copy_from_slice(&sum.finish().to_be_bytes());
+        }
+        let mut f = vec![2, 0, 0, 0, 0, dst.1, 2, 0, 0, 0, 0, src.1];
+        if sent.tagged {
+            f.extend([0x81, 0, 0, 7]);
+        }
+        if sent.ipv6 {
+            f.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+            f.extend((l4.len() as u16).to_be_bytes());
+            f.extend([proto as u8, 64]);
+        } else {
+            f.extend([8, 0]);
+            let mut ip = vec![0x45, 0];
+            ip.extend((20 + l4.len() as u16).to_be_bytes());
+            ip.extend([0, 1, 0x40, 0, 64, proto as u8, 0, 0]);
+            ip.extend(&addresses);
+            let sum = internet_checksum(&ip);
+            ip[10..12].copy_from_slice(&sum.to_be_bytes());
+            f.extend(&ip[..12]);
+        }
+        f.extend(&addresses);
+        f.extend(&l4);
+        f
+    }
+
+    /// The plain packet of a frame, read as the packet path does.
+    fn plain(frame: &[u8], have: usize) -> Option<Plain> {
+        let mut head = [0xee; SNAPSHOT_BYTES];
+        let have = have.min(frame.len()).min(SNAPSHOT_BYTES);
+        head[..have].copy_from_slice(&frame[..have]);
+        let l2 = parse_l2(&head[..have], frame.len() as u32).ok()?;
+        let mut plain = Plain::default();
+        plain.read(&head, have, frame.len(), usize::from(l2.len), l2.ethertype).then_some(plain)
+    }
+
+    #[test]
+    fn what_is_plain_is_what_a_closer_look_finds() {
+        let mut random = Random(0x1234_5678_9abc_def1);
+        let (mut plain_ones, mut wrong_sums) = (0, 0);
+        for n in 0..if cfg!(miri) { 300 } else { 200_000 } {
+            let sent = Sent {
+                toward: random.pick(&[Toward::Ingress, Toward::Egress]),
+                ipv6: random.one_in(2),
+                tagged: random.one_in(3),
+                port: random.pick(&[67, 68, 546, 547, 80, 443]),
+                flags: random
+                    .one_in(2)
+                    .then(|| random.pick(&[0x10, 0x18, 0x10, 0x11, 0x02, 0x12, 0x14, 0xf0, 0, 0xff])),
+                seq: random.next() as u32,
+                ack: random.next() as u32,
+                window: random.next() as u16,
+                payload: random.pick(&[0, 1, 6, 18, 100, 700]),
+                options: random.pick(&OPTIONS),
+            };
+            let mut frame = frame(&sent);
+            // Padding; a frame cut short; bytes changed anywhere in the headers, the IPv4 checksum put right again or not.
+            if random.one_in(3) {
+                frame.resize(frame.len() + random.below(20) as usize, 0);
+            }
+            if random.one_in(8) {
+                frame.truncate(frame.len() - random.below(frame.len() as u64 - 14) as usize);
+            }
+            if random.one_in(2) {
+                let at = random.below(frame.len().min(90) as u64) as usize;
+                frame[at] = random.pick(&[random.0 as u8, 0, 1, frame[at] ^ 1 << (n % 8)]);
+                let l3 = if sent.tagged { 18 } else { 14 };
+                if !sent.ipv6 && random.one_in(2) && frame.len() >= l3 + 20 {
+                    frame[l3 + 10..l3 + 12].fill(0);
+                    let sum = internet_checksum(&frame[l3..l3 + 20]);
+                    frame[l3 + 10..l3 + 12].copy_from_slice(&sum.to_be_bytes());
+                }
+            }
+            let have = if random.one_in(4) { random.below(100) as usize } else { 128 };
+            let Some(plain) = plain(&frame, have) else { continue };
+            plain_ones += 1;
+            let look = |checksum| {
+                let packet = Packet { zone: Some(9), ..Packet::whole(&frame, sent.toward, checksum) };
+                dissect(&packet, true)
+            };
+            let Ok(Dissected::Flow(facts)) = look(Checksum::Vouched) else {
+                panic!("{:?} of {frame:x?}", look(Checksum::Vouched))
+            };
+            assert_eq!(facts.flow.key.words(), plain.key(sent.toward, 9), "{sent:?}");
+            assert_eq!((facts.ip_len, facts.flow.key.proto()), (plain.ip_len, plain.proto));
+            assert_eq!(facts.flow.src(), plain.source());
+            if let Transport::Tcp(theirs) = facts.transport {
+                let ours = plain.segment();
+                assert_eq!((ours.seq, ours.ack, ours.window), (theirs.seq, theirs.ack, theirs.window));
+                assert_eq!((ours.payload_len, ours.end()), (theirs.payload_len, theirs.end()));
+            } else {
+                assert!(matches!(facts.transport, Transport::Udp));
+            }
+            let sum_ok = plain.checksum_ok(&frame, &Body::EMPTY);
+            assert_eq!(sum_ok, look(Checksum::Verify).is_ok(), "{sent:?}");
+            wrong_sums += u32::from(!sum_ok);
+            // The headers are such as anti-spoofing reads.
+            assert!(parse(&frame, frame.len() as u32).is_ok());
+        }
+        assert!(cfg!(miri) || plain_ones > 20_000 && wrong_sums > 1000, "{plain_ones} {wrong_sums}");
+    }
+
+    const GENERATION: u32 = 7;
+
+    fn handle_of(map: &ConnMap) -> super::super::ConnHandle<'_> {
+        map.handle(&(), 0)
+    }
+
+    /// Judges a packet in full, and stores what is new as the packet path would.
+    fn in_full(
+        map: &ConnMap,
+        config: &TrackConfig,
+        sent: &Sent,
+        dither: u32,
+        now_ms: u64,
+        half_open: bool,
+    ) -> Judgement {
+        let frame = frame(sent);
+        let packet = Packet { zone: Some(9), ..Packet::whole(&frame, sent.toward, Checksum::Verify) };
+        let Ok(dissected) = dissect(&packet, true) else { return Judgement::Held };
+        let mut table = handle_of(map);
+        let mut judgement = judge(&mut table, config, &PickUp::default(), dither, &dissected, now_ms);
+        if let Judgement::Tracked(tracked) = &mut judgement
+            && tracked.fresh
+            && let Some(connection) = &mut tracked.connection
+        {
+            connection.policy_generation = GENERATION;
+            let admission = Admission { half_open: half_open && connection.is_half_open(), tracked_source: half_open };
+            connection.decision = connection.decision.with_allowed().with_admission(admission);
+            let _ = table.insert(connection, now_ms);
+        }
+        judgement
+    }
+
+    /// Two tables see the same conversations, one of them by the short way wherever it goes: verdicts and entries are the same throughout.
+    #[test]
+    fn the_short_way_leads_where_the_long_way_does() {
+        let mut random = Random(0x0dd_ba11);
+        let (mut short_tcp, mut short_udp, mut refused_known) = (0, 0, 0);
+        for conversation in 0..if cfg!(miri) { 5 } else { 1500u32 } {
+            let config = TrackConfig {
+                tcp_be_liberal: random.one_in(6),
+                tcp_max_retrans: random.pick(&[1, 3]),
+                ..TrackConfig::default()
+            };
+            let maps = [0; 2].map(|_| ConnMap::new(64, [3, 5]).unwrap());
+            let [short, long] = &maps;
+            let tracking = random.one_in(3);
+            maps.iter().for_each(|map| map.set_tracking(tracking));
+            let tcp = !random.one_in(3);
+            let (ipv6, tagged) = (random.one_in(3), random.one_in(3));
+            let half_open = random.one_in(2);
+            // Near the clock's wrap, now and then.
+            let mut now_ms = random.pick(&[1000, u64::from(u32::MAX) - 3000]);
+            // What the ends have sent, by direction: VM first.
+            let mut sent_to = [random.next() as u32, random.next() as u32];
+            let scaled = random.pick(&OPTIONS);
+            for step in 0..if cfg!(miri) { 12 } else { 120u64 } {
+                now_ms += random.pick(&[0, 0, 1, 40, 700, 3000]);
+                if random.one_in(200) {
+                    now_ms += 500_000;
+                }
+                let handshake = tcp && step < 3 && conversation % 8 != 0;
+                let toward = match (handshake, step) {
+                    (true, 1) => Toward::Ingress,
+                    (true, _) => Toward::Egress,
+                    _ => random.pick(&[Toward::Ingress, Toward::Egress]),
+                };
+                let own = usize::from(toward == Toward::Ingress);
+                let mut sent = Sent {
+                    toward,
+                    ipv6,
+                    tagged,
+                    port: 53,
+                    flags: tcp.then_some(0x10),
+                    seq: sent_to[own],
+                    ack: sent_to[1 - own],
+                    window: random.pick(&[65535, 65535, 1000, 0, 300]),
+                    payload: random.pick(&[0, 0, 6, 100, 400]),
+                    options: random.pick(&[OPTIONS[0], OPTIONS[1], OPTIONS[1], OPTIONS[2]]),
+                };
+                if handshake {
+                    sent.flags = Some([0x02, 0x12, 0x10][step as usize]);
+                    sent.payload = 0;
+                    sent.window = 65535;
+                    sent.options = if step < 2 { scaled } else { &[] };
+                } else if random.one_in(4) {
+                    // Something else than the next: sent again, out of order, out of the window, or out of this world.
+                    let jump = random.pick(&[1, 500, 70_000, 1 << 20, 1 << 31]) as u32;
+                    match random.below(6) {
+                        0 => sent.seq = sent.seq.wrapping_sub(jump),
+                        1 => sent.seq = sent.seq.wrapping_add(jump),
+                        2 => sent.ack = sent.ack.wrapping_sub(jump),
+                        3 => sent.ack = sent.ack.wrapping_add(jump),
+                        4 => sent.flags = sent.flags.map(|_| random.pick(&[0x18, 0x30, 0x11, 0x14, 0x04, 0x02, 0xd0])),
+                        _ => sent.port = 54,
+                    }
+                } else if sent.flags != Some(0x10) || !random.one_in(5) {
+                    sent_to[own] = sent.seq.wrapping_add(sent.payload as u32);
+                }
+                if handshake && step < 2 {
+                    sent_to[own] = sent.seq.wrapping_add(1);
+                }
+                // The rules change now and then: known connections are to be judged again.
+                let generation = if random.one_in(20) { GENERATION + 1 } else { GENERATION };
+                let dither = random.next() as u32;
+                let bytes = frame(&sent);
+                let quick = plain(&bytes, 128).and_then(|plain| {
+                    let key = plain.key(toward, 9);
+                    let likely = short.prefetch_likely(&short.prefetch_places(key));
+                    let terms = Terms { generation, config: &config, toward, now_ms };
+                    let before: Vec<_> = entries(short);
+                    let state = steady(short, &terms, &plain, &key, likely, dither);
+                    if state.is_none() {
+                        assert_eq!(before, entries(short), "changed, and left to others");
+                    }
+                    state
+                });
+                let judgement = in_full(long, &config, &sent, dither, now_ms, half_open);
+                match (quick, judgement) {
+                    (Some(state), Judgement::Tracked(tracked)) => {
+                        assert_eq!((state, tracked.invalid), (tracked.state, None), "{sent:?}");
+                        assert!(!tracked.fresh && !tracked.opened, "{sent:?}");
+                        let connection = tracked.connection.unwrap();
+                        assert!(connection.policy_generation == generation && connection.decision.allowed());
+                        *if tcp { &mut short_tcp } else { &mut short_udp } += 1;
+                    }
+                    (Some(_), other) => panic!("{other:?} for {sent:?}"),
+                    (None, _) => {
+                        let known = in_full(short, &config, &sent, dither, now_ms, half_open);
+                        refused_known += u32::from(matches!(known, Judgement::Tracked(t) if !t.fresh));
+                    }
+                }
+                assert_eq!(entries(short), entries(long), "after {sent:?} in step {step}");
+                assert_eq!(short.uncollected(), long.uncollected(), "after {sent:?} in step {step}");
+            }
+        }
+        println!("{short_tcp} {short_udp} {refused_known}");
+        assert!(cfg!(miri) || short_tcp > 20_000 && short_udp > 20_000 && refused_known > 20_000);
+    }
+
+    fn entries(map: &ConnMap) -> Vec<super::super::Connection> {
+        let mut all = Vec::new();
+        while map.walk(&mut Default::default(), 1 << 20, &mut |c| all.push(*c)) {}
+        all
+    }
+
+    /// A connection that the rules have cut, or whose counters are beyond what is exact, is judged alike.
+    #[test]
+    fn entries_of_all_kinds_are_left_alone_or_kept_right() {
+        let config = TrackConfig::default();
+        let datagram = |toward| Sent {
+            toward,
+            ipv6: false,
+            tagged: false,
+            port: 53,
+            flags: None,
+            seq: 1,
+            ack: 0,
+            window: 0,
+            payload: 10,
+            options: &[],
+        };
+        for (allowed, packets) in [(true, 5u32), (false, 5), (true, (1 << 27) - 1), (true, 3 << 27 | 1 << 26)] {
+            let maps = [0; 2].map(|_| ConnMap::new(64, [3, 5]).unwrap());
+            for map in &maps {
+                in_full(map, &config, &datagram(Toward::Egress), 1, 1000, false);
+                let key = entries(map)[0].key;
+                let mut table = handle_of(map);
+                let mut connection = table.lookup(&key, 1000).unwrap();
+                if !allowed {
+                    connection.decision = connection.decision.without_allowed();
+                }
+                let traffic = Traffic {
+                    packets: super::super::Tally::from_raw(packets).unwrap(),
+                    bytes: super::super::Tally::from_raw(packets).unwrap(),
+                };
+                connection.set_traffic([traffic, Traffic::default()]);
+                table.update(&connection, Change::Semantic);
+            }
+            let [short, long] = &maps;
+            for dither in [0x1234_5678, 0x9e37_79b9, u32::MAX, 0] {
+                let sent = datagram(Toward::Egress);
+                let plain = plain(&frame(&sent), 128).unwrap();
+                let key = plain.key(sent.toward, 9);
+                let terms = Terms { generation: GENERATION, config: &config, toward: sent.toward, now_ms: 2000 };
+                let likely = short.prefetch_likely(&short.prefetch_places(key));
+                let state = steady(short, &terms, &plain, &key, likely, dither);
+                assert_eq!(state, allowed.then_some(CtState::New));
+                if allowed {
+                    in_full(long, &config, &sent, dither, 2000, false);
+                }
+                assert_eq!(entries(short), entries(long));
+            }
+        }
+    }
+
+    /// Where the addresses of plain packets are concerned, the short question has the long one's answer.
+    #[test]
+    fn sources_are_allowed_or_not_as_in_full() {
+        use crate::firewall::spoof::{SpoofConfig, SpoofTable};
+        let mut spoof = SpoofConfig { mac: Some(MacAddr::new([2, 0, 0, 0, 0, 1])), ..SpoofConfig::default() };
+        spoof.addresses = ["10.0.0.1/32", "0.0.0.0/1", "224.0.0.0/4", "fd00::/8", "::/16", "ff00::/8"]
+            .map(|cidr| cidr.parse().unwrap())
+            .to_vec();
+        let table = SpoofTable::new(&spoof, 3);
+        let mut random = Random(77);
+        let mut allowed = 0;
+        for _ in 0..if cfg!(miri) { 100 } else { 20_000 } {
+            let sent = Sent {
+                toward: Toward::Egress,
+                ipv6: random.one_in(2),
+                tagged: random.one_in(2),
+                port: 80,
+                flags: random.one_in(2).then_some(0x10),
+                seq: 0,
+                ack: 0,
+                window: 0,
+                payload: 0,
+                options: &[],
+            };
+            let mut frame = frame(&sent);
+            let l3 = if sent.tagged { 18 } else { 14 };
+            if sent.ipv6 {
+                let sources: [[u8; 2]; 6] = [[0xfd, 0xfd], [0, 0], [0xff, 2], [0x20, 1], [0, 1], [0xfe, 0x80]];
+                let source = random.pick(&sources);
+                let mapped = random.one_in(3);
+                frame[l3 + 8..l3 + 24].fill(0);
+                frame[l3 + 8..l3 + 10].copy_from_slice(&source);
+                frame[l3 + 23] = random.below(2) as u8;
+                if mapped {
+                    frame[l3 + 18..l3 + 20].fill(0xff);
+                }
+            } else {
+                frame[l3 + 12] = random.pick(&[10, 0, 127, 224, 255, 192, 100]);
+                frame[l3 + 13..l3 + 16].fill(random.below(2) as u8);
+                frame[l3 + 10..l3 + 12].fill(0);
+                let sum = internet_checksum(&frame[l3..l3 + 20]);
+                frame[l3 + 10..l3 + 12].copy_from_slice(&sum.to_be_bytes());
+            }
+            if random.one_in(5) {
+                frame[11] = 9;
+            }
+            let plain = plain(&frame, 128).unwrap();
+            let headers = parse(&frame, frame.len() as u32).unwrap();
+            let in_full = table.check(&frame, &headers).is_ok();
+            assert_eq!(table.allows_source(headers.l2.src_mac, plain.source()), in_full, "{frame:x?}");
+            allowed += u32::from(in_full);
+        }
+        assert!(cfg!(miri) || allowed > 1000, "{allowed}");
+    }
+}
