@@ -10,6 +10,7 @@ packages=(
     busybox-static cpio                             # their initramfs
     zstd xz-utils gzip dpkg                         # their kernel
     iproute2 ethtool coreutils                      # namespaces
+    libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients # live migration as clouds do it
     nftables kmod                                   # the kernel's firewall, which Ferry's is compared with
 )
 

@@ -8,6 +8,7 @@ pub mod ferryd;
 pub mod frames;
 pub mod guest;
 pub mod hostile_peer;
+pub mod libvirt;
 pub mod live;
 pub mod netns;
 pub mod paths;

@@ -270,6 +270,8 @@ pub fn run(
 ) -> Result<(Subject, Report)> {
     let Subject { guest, at, connections } = subject;
     let (address, _) = addresses(1, load.family);
+    let lives = hosts.plan.flow_migration;
+    let bound = if lives { ALIVE } else { HANGING };
     let connections_before = connections.count_alive(hosts, &guest, ALIVE)?;
     let revocable = hosts.peer.open_connections_to(SocketAddr::new(address, SECOND_ECHO_PORT), 1)?;
     ensure!(hosts.peer.exercise_connections(revocable)? == 1, "the revocable connection does not work");
@@ -285,13 +287,12 @@ pub fn run(
     let mut moving = hosts.begin(scratch, guest, at.other(), load.pace)?;
     observe(Step::Begun);
 
-    // Connections are used, so that there are changes to send.
-    let used = connections.from_peer.first().map(|h| hosts.peer.start_counting_alive(*h, ALIVE)).transpose()?;
-
     // The first round copies all memory; what arrives after it must be copied again.
     moving.wait_rounds(2)?;
     let held = write_payload(hosts, address)?;
     observe(Step::Written);
+    // Connections are used, so that there are changes to send. Not before: bursts may overrun the guest's ring, and that costs datagrams.
+    let used = connections.from_peer.first().map(|h| hosts.peer.start_counting_alive(*h, bound)).transpose()?;
     // Both hosts' rules change, as when a controller takes a rule from a group; the connection has been copied by now.
     hosts.change_policy(at, &policy(false))?;
     check_hangs(hosts, revocable)?;
@@ -307,13 +308,12 @@ pub fn run(
     hosts.wait_up(arrived).map_err(|e| guest.explain(e))?;
 
     check_held(&mut guest, held)?;
-    let used_alive = used.map(Pending::wait_alive).transpose()?.is_none_or(|(_, failed)| failed == 0);
     let before = hosts.peer.ticks(ticks, false)?;
     thread::sleep(OBSERVED);
     let after = hosts.peer.ticks(ticks, true)?;
     let probe_gap_ms = probe.end(hosts)?.max_gap_us / 1000;
-    let lives = hosts.plan.flow_migration;
-    let connections_after = connections.count_alive(hosts, &guest, if lives { ALIVE } else { HANGING })?;
+    let used_alive = used.map(Pending::wait_alive).transpose()?.is_none_or(|(_, failed)| failed == 0);
+    let connections_after = connections.count_alive(hosts, &guest, bound)?;
     check_hangs(hosts, revocable)?;
     hosts.peer.close_connections(revocable)?;
     check_denied(hosts, address)?;

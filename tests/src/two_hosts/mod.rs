@@ -19,6 +19,7 @@ pub mod moving;
 pub mod session;
 pub mod status;
 
+use crate::agent::Agent;
 use crate::ferryd::{Ferryd, FerrydBuilder, Port};
 use crate::netns::{Netns, ip};
 use crate::qemu::{Guest, GuestBuilder, Nic, Role};
@@ -76,7 +77,7 @@ pub struct Host {
     /// Where that runs.
     pub home: Netns,
     /// Sockets of the guest's NICs.
-    sockets: Vec<PathBuf>,
+    pub sockets: Vec<PathBuf>,
     /// Where the switch looks for a monitor of the guest's QEMU.
     monitor: PathBuf,
 }
@@ -358,7 +359,7 @@ impl TwoHosts {
     ///
     /// # Errors
     /// When the network does not come up.
-    pub fn configure(&self, guest: &Guest) -> Result<()> {
+    pub fn configure(&self, guest: &Agent) -> Result<()> {
         for n in 1..=self.plan.nics {
             let addresses = [format!("{}/24", guest_address(n)), format!("{}/64", guest_address6(n))];
             guest.configure(&format!("eth{}", n - 1), &[&addresses[0], &addresses[1]], None)?;
