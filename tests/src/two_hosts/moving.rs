@@ -177,6 +177,15 @@ impl Move {
         Ok(self.source)
     }
 
+    /// QEMU's own figure for the downtime. The status changes a moment before the figure is known: until then it is 0.
+    fn downtime_ms(&mut self) -> Result<u64> {
+        let known = wait::for_some("downtime", Duration::from_secs(2), || {
+            self.query().ok().and_then(|s| s["downtime"].as_u64()).filter(|ms| *ms > 0)
+        });
+        // It may be less than a millisecond after all.
+        known.or_else(|_| self.query()?["downtime"].as_u64().context("QEMU tells no downtime"))
+    }
+
     /// Waits until the guest runs on the destination.
     ///
     /// # Errors
@@ -189,7 +198,7 @@ impl Move {
         if end["status"] != "completed" {
             bail!("QEMU's migration ended so: {end}");
         }
-        let downtime_ms = end["downtime"].as_u64().context("QEMU tells no downtime")?;
+        let downtime_ms = self.downtime_ms()?;
         let rounds = end["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
         let stopped_at = self.from.event_time("STOP")?;
         self.destination.adopt_agent(&mut self.source)?;
