@@ -357,6 +357,7 @@ impl Core {
         }
         self.state = target;
         self.tell_migration(&self.state.config);
+        self.migration.ready();
         self.observer.set_vms(&self.state.config);
         outcome.applied = true;
         Ok(outcome)

@@ -45,6 +45,8 @@ impl Gate for Doorman {
 
 /// Serves one session until it is a VM's, or over.
 pub async fn serve(hub: Arc<Hub>, mut session: Session) {
+    // A host that was restarted hears whoever waited for it once the VMs' ports are there. The sender lives as long as the hub.
+    let _ = hub.ready.subscribe().wait_for(|ready| *ready).await;
     let Some(Message::Hello(hello)) = receive(&mut session).await else { return };
     let greeting = match abilities(&hub).negotiate(&hello) {
         Ok(agreed) => Message::HelloReply(HelloReply {

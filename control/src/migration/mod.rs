@@ -43,6 +43,7 @@ use ferry_migrate::message::Offer;
 use ferry_vhost::signals::PortEvent;
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::mpsc::{channel, unbounded_channel};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use self::actor::{Input, Inputs, Place};
@@ -121,6 +122,8 @@ pub struct Hub {
     latest: Mutex<BTreeMap<String, MigrationView>>,
     history: Mutex<VecDeque<MigrationView>>,
     totals: Totals,
+    /// The configuration is in effect, ports included: a VM may be offered.
+    ready: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -159,6 +162,7 @@ impl Migration {
             latest: Mutex::default(),
             history: Mutex::default(),
             totals: Totals::default(),
+            ready: watch::Sender::new(false),
         }))
     }
 
@@ -209,6 +213,11 @@ impl Migration {
             self.0.update_guests(runtime.handle());
         }
         Ok(())
+    }
+
+    /// The configuration is in effect: from now on hosts that wait are heard.
+    pub fn ready(&self) {
+        self.0.ready.send_replace(true);
     }
 
     /// Loads certificates again.

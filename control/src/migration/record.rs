@@ -225,6 +225,10 @@ impl Record {
     pub fn end(&mut self, gone: bool) {
         self.released();
         self.view.ended_at_ms = Some(unix_ms());
+        if self.view.role == "source" && !gone && !self.activated {
+            // Whatever it was at: the VM stays.
+            self.set_source_state(source::State::Active);
+        }
         self.view.estimate = None;
         self.view.outcome = if self.activated || (self.committed && gone) {
             "migrated"

@@ -18,7 +18,8 @@ use crate::engine::EngineError;
 const QUEUE_MESSAGES: usize = 64;
 
 fn limits() -> ChannelLimits {
-    ChannelLimits { queue_messages: QUEUE_MESSAGES, ..ChannelLimits::default() }
+    // Strangers behind a peer's address must not keep the peer out.
+    ChannelLimits { queue_messages: QUEUE_MESSAGES, max_handshakes_per_address: 16, ..ChannelLimits::default() }
 }
 
 fn rate(config: &MigrationConfig) -> Option<u64> {

@@ -14,6 +14,9 @@ use crate::config::{Config, MigrationConfig, PortConfig, VmMigrationConfig};
 /// The fence after a hand-over that was taken back must outlast what the destination believes; see the machines' documentation.
 const FENCE_MS: u64 = 45;
 
+/// How often the channel is set up during one migration of QEMU's, half a second apart: a switch that is restarted is back by then.
+const ATTEMPTS: u32 = 40;
+
 /// What migrations need to know of the configuration.
 #[derive(Default)]
 pub struct Settings {
@@ -83,6 +86,7 @@ impl Settings {
             final_lagging_ms: (hold_limit_ms * 2) / 5,
             round_interval_ms: u64::from(self.config.round_interval_ms),
             redirect_ms: u64::from(self.config.redirect_ms),
+            attempts: ATTEMPTS,
             ..SourceLimits::default()
         }
     }
