@@ -296,7 +296,13 @@ impl Traffic {
     /// Counts one packet.
     #[inline(always)]
     pub(super) fn count(&mut self, bytes: u32, dither: u32) {
-        self.packets.add(1, dither);
+        self.count_many(1, bytes, dither);
+    }
+
+    /// Counts packets that have `bytes` together.
+    #[inline(always)]
+    pub(super) fn count_many(&mut self, packets: u32, bytes: u32, dither: u32) {
+        self.packets.add(packets, dither);
         self.bytes.add(bytes, dither);
     }
 }
@@ -331,7 +337,7 @@ impl Tally {
     }
 
     /// Adds `n`; `dither` is any number that is evenly distributed.
-    #[inline]
+    #[inline(always)]
     pub fn add(&mut self, n: u32, dither: u32) {
         // The usual case: exact before and after.
         match self.0.checked_add(n) {

@@ -51,9 +51,9 @@ pub use map::{
     ConnHandle, ConnMap, Cursor, DEFAULT_CAPACITY, Dirt, Imported, MAX_CAPACITY, MapError, MapStats, Observer, Removal,
     Tombstone, Uncollected, VERSION_BITS, VERSION_MAX, newer,
 };
-pub(crate) use map::{Likely, Whereabouts};
+pub(crate) use map::{Ends, Likely, Whereabouts};
 pub use pick_up::PickUp;
-pub(crate) use plain::Plain;
+pub(crate) use plain::{Particulars, Plain};
 pub use portable::{
     MAX_AGE_MS, MAX_TCP_WINDOW, Portable, PortableError, PortableKey, PortableSctp, PortableSide, PortableState,
     PortableTcp,

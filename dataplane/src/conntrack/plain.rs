@@ -23,22 +23,53 @@ const MAPPED: u64 = 0xffff_0000;
 const TIME_STAMP: u32 = u32::from_le_bytes([1, 1, 8, 10]);
 
 /// A plain packet.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Plain {
     /// Addresses as they stand in a key.
     src: [u64; 2],
     dst: [u64; 2],
-    src_port: u16,
-    dst_port: u16,
-    pub proto: IpProto,
-    ipv6: bool,
+    talk: Talk,
     /// UDP without checksum.
     unsummed: bool,
-    /// Where addresses and transport header begin, bytes from the frame's start.
-    addresses_at: u16,
-    at: u16,
     /// Length of transport header and payload, bytes.
     len: u16,
+    pub facts: Particulars,
+}
+
+/// Ports, protocol and family of a packet, and where its transport header begins: `source port | destination port << 16 | protocol << 32 |
+/// family << 40 | offset << 48`. The family is a key's flags.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Talk(u64);
+
+impl Talk {
+    #[inline(always)]
+    const fn new(ports: (u16, u16), proto: u8, family: u8, at: usize) -> Self {
+        let (source, destination) = ports;
+        Self(
+            source as u64
+                | (destination as u64) << 16
+                | (proto as u64) << 32
+                | (family as u64) << 40
+                | (at as u64) << 48,
+        )
+    }
+    #[inline(always)]
+    const fn proto(self) -> IpProto {
+        IpProto((self.0 >> 32) as u8)
+    }
+    #[inline(always)]
+    const fn is_ipv6(self) -> bool {
+        (self.0 >> 40) as u8 == V6
+    }
+    #[inline(always)]
+    const fn at(self) -> u16 {
+        (self.0 >> 48) as u16
+    }
+}
+
+/// What differs between the packets of a conversation. Of a UDP datagram, only the length means anything.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Particulars {
     /// Length of the IP packet, bytes.
     pub ip_len: u32,
     seq: u32,
@@ -47,24 +78,17 @@ pub(crate) struct Plain {
     payload_len: u16,
 }
 
-impl Default for Plain {
-    fn default() -> Self {
-        Self {
-            src: [0; 2],
-            dst: [0; 2],
-            src_port: 0,
-            dst_port: 0,
-            proto: IpProto(0),
-            ipv6: false,
-            unsummed: false,
-            addresses_at: 0,
-            at: 0,
-            len: 0,
-            ip_len: 0,
-            seq: 0,
-            ack: 0,
-            window: 0,
-            payload_len: 0,
+impl Particulars {
+    /// The TCP segment, its options left out: they mean nothing here.
+    #[inline(always)]
+    pub fn segment(&self) -> Segment<'static> {
+        Segment {
+            seq: self.seq,
+            ack: self.ack,
+            flags: Flags::ACK,
+            window: self.window,
+            payload_len: u32::from(self.payload_len),
+            options: &[],
         }
     }
 }
@@ -133,11 +157,8 @@ impl Plain {
         }
         self.src = [0, MAPPED | (second >> 32) << 32];
         self.dst = [0, MAPPED | u64::from(dst) << 32];
-        self.proto = IpProto((second >> 8) as u8);
-        self.ipv6 = false;
-        self.addresses_at = l3 as u16 + 12;
-        self.ip_len = total_len as u32;
-        self.transport::<20>(window, have, total_len - 20, l3)
+        self.facts.ip_len = total_len as u32;
+        self.transport::<20, 0>(window, have, total_len - 20, l3, (second >> 8) as u8)
     }
 
     #[inline(always)]
@@ -149,22 +170,25 @@ impl Plain {
         }
         self.src = [u64_at(window, 8), u64_at(window, 16)];
         self.dst = [u64_at(window, 24), u64_at(window, 32)];
-        self.proto = IpProto((first >> 48) as u8);
-        self.ipv6 = true;
-        self.addresses_at = l3 as u16 + 8;
-        self.ip_len = 40 + payload_len as u32;
-        self.transport::<40>(window, have, payload_len, l3)
+        self.facts.ip_len = 40 + payload_len as u32;
+        self.transport::<40, V6>(window, have, payload_len, l3, (first >> 48) as u8)
     }
 
     /// The transport header behind an IP header of `AT` bytes; at least 8 bytes behind that are at hand, and belong to the packet.
     #[inline(always)]
-    fn transport<const AT: usize>(&mut self, window: &Window, have: usize, len: usize, l3: usize) -> bool {
+    fn transport<const AT: usize, const FAMILY: u8>(
+        &mut self,
+        window: &Window,
+        have: usize,
+        len: usize,
+        l3: usize,
+        proto: u8,
+    ) -> bool {
         let first = u64_at(window, AT);
         let ports = ((first as u16).swap_bytes(), ((first >> 16) as u16).swap_bytes());
-        (self.src_port, self.dst_port) = ports;
-        self.at = (l3 + AT) as u16;
+        self.talk = Talk::new(ports, proto, FAMILY, l3 + AT);
         self.len = len as u16;
-        match self.proto {
+        match IpProto(proto) {
             IpProto::UDP => {
                 let udp_len = usize::from(((first >> 32) as u16).swap_bytes());
                 self.unsummed = first >> 48 == 0;
@@ -178,10 +202,10 @@ impl Plain {
                 let flags = Flags::from_bits_retain((third >> 8) as u8);
                 let usual_options = header_len == 20 || header_len == 32 && u32_at(window, AT + 20) == TIME_STAMP;
                 self.unsummed = false;
-                self.seq = ((first >> 32) as u32).swap_bytes();
-                self.ack = u32_at(window, AT + 8).swap_bytes();
-                self.window = ((third >> 16) as u16).swap_bytes();
-                self.payload_len = len.wrapping_sub(header_len) as u16;
+                self.facts.seq = ((first >> 32) as u32).swap_bytes();
+                self.facts.ack = u32_at(window, AT + 8).swap_bytes();
+                self.facts.window = ((third >> 16) as u16).swap_bytes();
+                self.facts.payload_len = len.wrapping_sub(header_len) as u16;
                 flags.difference(NO_MATTER) == Flags::ACK
                     && usual_options
                     && header_len <= len
@@ -191,27 +215,39 @@ impl Plain {
         }
     }
 
+    /// TCP or UDP.
+    #[inline(always)]
+    pub fn proto(&self) -> IpProto {
+        self.talk.proto()
+    }
+
+    /// Between the same addresses and ports, and so of the same connection.
+    #[inline(always)]
+    pub fn same_talk(&self, other: &Self) -> bool {
+        let ([a, b], [c, d]) = (self.src, other.src);
+        let ([e, f], [g, h]) = (self.dst, other.dst);
+        (a ^ c) | (b ^ d) | (e ^ g) | (f ^ h) | (self.talk.0 ^ other.talk.0) == 0
+    }
+
     /// `offload` says that the checksum is owed, where it is, and nothing else.
     #[inline(always)]
     pub fn owes_checksum(&self, offload: &Offload) -> bool {
-        let field = if self.proto == IpProto::TCP { tcp::CHECKSUM_OFFSET } else { udp::CHECKSUM_OFFSET };
-        offload.needs_csum && offload.gso == Gso::None && offload.csum_start == self.at && offload.csum_offset == field
+        let field = if self.proto() == IpProto::TCP { tcp::CHECKSUM_OFFSET } else { udp::CHECKSUM_OFFSET };
+        offload.needs_csum
+            && offload.gso == Gso::None
+            && offload.csum_start == self.talk.at()
+            && offload.csum_offset == field
     }
 
     /// The words of its key, seen from a VM that it goes to or comes from.
     #[inline(always)]
     pub fn key(&self, toward: Toward, zone: u16) -> KeyWords {
-        let (local, remote, local_port, remote_port) = match toward {
-            Toward::Ingress => (self.dst, self.src, self.dst_port, self.src_port),
-            Toward::Egress => (self.src, self.dst, self.src_port, self.dst_port),
+        let ports = self.talk.0 as u32;
+        let ([a, b], [c, d], ports) = match toward {
+            Toward::Ingress => (self.dst, self.src, ports.rotate_left(16)),
+            Toward::Egress => (self.src, self.dst, ports),
         };
-        let flags = if self.ipv6 { V6 } else { 0 };
-        let rest = u64::from(local_port)
-            | u64::from(remote_port) << 16
-            | u64::from(zone) << 32
-            | u64::from(self.proto.0) << 48
-            | u64::from(flags) << 56;
-        let ([a, b], [c, d]) = (local, remote);
+        let rest = u64::from(ports) | u64::from(zone) << 32 | (self.talk.0 >> 32 & 0xffff) << 48;
         [a, b, c, d, rest]
     }
 
@@ -224,7 +260,7 @@ impl Plain {
     /// Source address.
     pub fn source(&self) -> IpAddr {
         let [low, high] = self.src;
-        if self.ipv6 {
+        if self.talk.is_ipv6() {
             let low = low.to_le_bytes();
             let high = high.to_le_bytes();
             let mut octets = [0; 16];
@@ -235,19 +271,6 @@ impl Plain {
         } else {
             let [_, _, _, _, a, b, c, d] = high.to_le_bytes();
             Ipv4Addr::new(a, b, c, d).into()
-        }
-    }
-
-    /// The TCP segment, its options left out: they mean nothing here.
-    #[inline(always)]
-    pub fn segment(&self) -> Segment<'static> {
-        Segment {
-            seq: self.seq,
-            ack: self.ack,
-            flags: Flags::ACK,
-            window: self.window,
-            payload_len: u32::from(self.payload_len),
-            options: &[],
         }
     }
 
@@ -263,14 +286,15 @@ impl Plain {
         if self.unsummed {
             return true;
         }
-        let (addresses_at, at, len) = (usize::from(self.addresses_at), usize::from(self.at), usize::from(self.len));
-        let addresses = if self.ipv6 { 32 } else { 8 };
-        let Some(addresses) = head.get(addresses_at..addresses_at + addresses) else { return false };
+        let (at, len) = (usize::from(self.talk.at()), usize::from(self.len));
+        // They end where the transport header begins.
+        let addresses = if self.talk.is_ipv6() { 32 } else { 8 };
+        let Some(addresses) = head.get(at.saturating_sub(addresses)..at) else { return false };
         let rest = head.get(at..).unwrap_or_default();
         let in_head = rest.get(..len).unwrap_or(rest);
         let mut sum = Sum::new();
         sum.add_bytes(addresses);
-        sum.add_u16(u16::from(self.proto.0));
+        sum.add_u16(u16::from(self.proto().0));
         sum.add_u16(self.len);
         sum.add_bytes(in_head);
         if in_head.len() < len {

@@ -8,7 +8,7 @@ use super::config::TrackConfig;
 use super::entry::{Decision, Notes, Traffic, expiry, word};
 use super::key::{Toward, Way};
 use super::map::{ConnMap, KeyWords, Likely, Look};
-use super::plain::Plain;
+use super::plain::{Particulars, Plain};
 use super::tcp::{self, TcpState};
 use super::{CtState, udp};
 use crate::packet::IpProto;
@@ -23,40 +23,40 @@ pub(crate) struct Terms<'a> {
     pub now_ms: u64,
 }
 
-/// Brings the connection of a plain packet up to date, and says what the packet is to it: it may pass. `None`, and nothing was changed:
-/// this is not for the short way. `likely`: the slot where the entry with the packet's `key` probably is.
+/// Brings the connection of plain packets up to date, and says how many of them, from the first on, and what they are to it: these may
+/// pass. `None`, and nothing was changed: the first is not for the short way. `packet`: one of them, they are of one connection; `facts`:
+/// the packets, in order; `likely`: the slot where the entry with their `key` probably is, for [`ConnMap::note_bookkeeping`] to be told.
 #[inline(always)]
 pub(crate) fn steady(
     map: &ConnMap,
     terms: &Terms<'_>,
     toward: Toward,
     packet: &Plain,
+    facts: &[Particulars],
     key: &KeyWords,
     likely: Likely,
     dither: u32,
-) -> Option<CtState> {
+) -> Option<(usize, CtState)> {
     let look = map.look(likely, key)?;
     let notes = Notes(look.word::<{ word::NOTES }>());
     if look.is_expired(terms.now_ms) || notes.policy_generation() != terms.generation || !notes.decision().allowed() {
         return None;
     }
     let way = notes.way(toward);
-    let state = match packet.proto {
-        IpProto::UDP => steady_udp(&look, notes, way, terms, packet.ip_len, dither)?,
-        _ => steady_tcp(&look, notes, way, terms, packet, dither)?,
-    };
-    map.note_bookkeeping(likely);
-    Some(state)
+    match packet.proto() {
+        IpProto::UDP => steady_udp(&look, notes, way, terms, facts, dither),
+        _ => steady_tcp(&look, notes, way, terms, facts, dither),
+    }
 }
 
-/// One more packet counted in the word of its direction.
+/// Packets counted in the word of their direction.
 #[inline(always)]
-fn counted(look: &Look<'_>, way: Way, ip_len: u32, dither: u32) -> u64 {
+fn counted(look: &Look<'_>, way: Way, packets: usize, bytes: u32, dither: u32) -> u64 {
     let mut traffic = Traffic::from_word(match way {
         Way::Original => look.word::<{ word::ORIGINAL }>(),
         Way::Reply => look.word::<{ word::REPLY }>(),
     });
-    traffic.count(ip_len, dither);
+    traffic.count_many(packets as u32, bytes, dither);
     traffic.to_word()
 }
 
@@ -67,7 +67,14 @@ fn owes_limits(decision: Decision, half_open: bool) -> bool {
 }
 
 #[inline(always)]
-fn steady_udp(look: &Look<'_>, notes: Notes, way: Way, terms: &Terms<'_>, ip_len: u32, dither: u32) -> Option<CtState> {
+fn steady_udp(
+    look: &Look<'_>,
+    notes: Notes,
+    way: Way,
+    terms: &Terms<'_>,
+    facts: &[Particulars],
+    dither: u32,
+) -> Option<(usize, CtState)> {
     let answered = notes.seen_reply();
     if !answered && way == Way::Reply || owes_limits(notes.decision(), !answered) {
         return None;
@@ -80,14 +87,23 @@ fn steady_udp(look: &Look<'_>, notes: Notes, way: Way, terms: &Terms<'_>, ip_len
     }
     let timeouts = &terms.config.timeouts;
     let timeout_ms = if answered && notes.assured() { timeouts.udp_stream_ms } else { timeouts.udp_ms };
-    let traffic = counted(look, way, ip_len, dither);
+    let bytes = match facts {
+        [one] => one.ip_len,
+        more => bytes_of(more),
+    };
+    let traffic = counted(look, way, facts.len(), bytes, dither);
     let entry = look.claim(expiry(terms.now_ms, timeout_ms))?;
     match way {
         Way::Original => entry.set::<{ word::ORIGINAL }>(traffic),
         Way::Reply => entry.set::<{ word::REPLY }>(traffic),
     }
     entry.commit();
-    Some(if answered { CtState::Established } else { CtState::New })
+    Some((facts.len(), if answered { CtState::Established } else { CtState::New }))
+}
+
+#[inline(never)]
+fn bytes_of(facts: &[Particulars]) -> u32 {
+    facts.iter().fold(0, |bytes, facts| bytes.wrapping_add(facts.ip_len))
 }
 
 #[inline(always)]
@@ -96,9 +112,9 @@ fn steady_tcp(
     notes: Notes,
     way: Way,
     terms: &Terms<'_>,
-    packet: &Plain,
+    facts: &[Particulars],
     dither: u32,
-) -> Option<CtState> {
+) -> Option<(usize, CtState)> {
     const P: usize = word::PROTOCOL;
     if notes.state() != TcpState::Established as u8
         || !notes.seen_reply()
@@ -117,8 +133,18 @@ fn steady_tcp(
     ];
     let (low, high) = (|word: u64| word as u32, |word: u64| (word >> 32) as u32);
     let words = [low(a), high(a), low(b), high(b), low(c), high(c), low(d), high(d), low(e), high(e), low(f), high(f)];
-    let after = tcp::steady(&words, notes.retrans(), &packet.segment(), way, terms.config)?;
-    let traffic = counted(look, way, packet.ip_len, dither);
+    let mut after = tcp::Steady { words, retrans: notes.retrans(), timeout_ms: 0 };
+    let (mut packets, mut bytes) = (0, 0u32);
+    for facts in facts {
+        let Some(next) = tcp::steady(&after.words, after.retrans, &facts.segment(), way, terms.config) else { break };
+        after = next;
+        packets += 1;
+        bytes = bytes.wrapping_add(facts.ip_len);
+    }
+    if packets == 0 {
+        return None;
+    }
+    let traffic = counted(look, way, packets, bytes, dither);
     let entry = look.claim(expiry(terms.now_ms, after.timeout_ms))?;
     let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
     let [a, b, c, d, e, f, g, h, i, j, k, l] = after.words;
@@ -136,7 +162,7 @@ fn steady_tcp(
         entry.set::<{ word::NOTES }>(notes.with_retrans(after.retrans).0);
     }
     entry.commit();
-    Some(CtState::Established)
+    Some((packets, CtState::Established))
 }
 
 #[cfg(all(test, not(loom)))]
@@ -312,10 +338,10 @@ mod tests {
                 panic!("{:?} of {frame:x?}", look(Checksum::Vouched))
             };
             assert_eq!(facts.flow.key.words(), plain.key(sent.toward, 9), "{sent:?}");
-            assert_eq!((facts.ip_len, facts.flow.key.proto()), (plain.ip_len, plain.proto));
+            assert_eq!((facts.ip_len, facts.flow.key.proto()), (plain.facts.ip_len, plain.proto()));
             assert_eq!(facts.flow.src(), plain.source());
             if let Transport::Tcp(theirs) = facts.transport {
-                let ours = plain.segment();
+                let ours = plain.facts.segment();
                 assert_eq!((ours.seq, ours.ack, ours.window), (theirs.seq, theirs.ack, theirs.window));
                 assert_eq!((ours.payload_len, ours.end()), (theirs.payload_len, theirs.end()));
             } else {
@@ -331,6 +357,11 @@ mod tests {
     }
 
     const GENERATION: u32 = 7;
+
+    fn likely(map: &ConnMap, key: &KeyWords) -> Likely {
+        let [.., rest] = *key;
+        map.likely(map.prefetch_places(map.ends(key), rest))
+    }
 
     fn handle_of(map: &ConnMap) -> super::super::ConnHandle<'_> {
         map.handle(&(), 0)
@@ -437,14 +468,18 @@ mod tests {
                 let bytes = frame(&sent);
                 let quick = plain(&bytes, 128).and_then(|plain| {
                     let key = plain.key(toward, 9);
-                    let likely = short.prefetch_likely(&short.prefetch_places(key));
+                    let likely = likely(short, &key);
                     let terms = Terms { generation, config: &config, now_ms };
                     let before: Vec<_> = entries(short);
-                    let state = steady(short, &terms, sent.toward, &plain, &key, likely, dither);
-                    if state.is_none() {
-                        assert_eq!(before, entries(short), "changed, and left to others");
+                    let found = steady(short, &terms, sent.toward, &plain, &[plain.facts], &key, likely, dither);
+                    match found {
+                        Some(_) => short.note_bookkeeping(&[likely]),
+                        None => assert_eq!(before, entries(short), "changed, and left to others"),
                     }
-                    state
+                    found.map(|(packets, state)| {
+                        assert_eq!(packets, 1);
+                        state
+                    })
                 });
                 let judgement = in_full(long, &config, &sent, dither, now_ms, half_open);
                 match (quick, judgement) {
@@ -514,15 +549,98 @@ mod tests {
                 let plain = plain(&frame(&sent), 128).unwrap();
                 let key = plain.key(sent.toward, 9);
                 let terms = Terms { generation: GENERATION, config: &config, now_ms: 2000 };
-                let likely = short.prefetch_likely(&short.prefetch_places(key));
-                let state = steady(short, &terms, sent.toward, &plain, &key, likely, dither);
-                assert_eq!(state, allowed.then_some(CtState::New));
+                let likely = likely(short, &key);
+                let found = steady(short, &terms, sent.toward, &plain, &[plain.facts], &key, likely, dither);
+                assert_eq!(found, allowed.then_some((1, CtState::New)));
                 if allowed {
                     in_full(long, &config, &sent, dither, 2000, false);
                 }
                 assert_eq!(entries(short), entries(long));
             }
         }
+    }
+
+    /// Several packets at once lead where they lead one by one, up to the first that is not for the short way.
+    #[test]
+    fn many_at_once_are_many_one_by_one() {
+        let mut random = Random(0xbeef_cafe);
+        let (mut trains, mut broken) = (0, 0);
+        for conversation in 0..if cfg!(miri) { 3 } else { 1000u32 } {
+            let config = TrackConfig::default();
+            let maps = [0; 2].map(|_| ConnMap::new(64, [3, 5]).unwrap());
+            let [one_by_one, at_once] = &maps;
+            maps.iter().for_each(|map| map.set_tracking(true));
+            let tcp = conversation % 3 != 0;
+            let mut now_ms = 1000;
+            let mut next = [random.next() as u32, random.next() as u32];
+            let sent = |toward, flags, seq, ack, window, payload| Sent {
+                toward,
+                ipv6: conversation % 2 == 0,
+                tagged: false,
+                port: 80,
+                flags: tcp.then_some(flags),
+                seq,
+                ack,
+                window,
+                payload,
+                options: &[],
+            };
+            let [vm, other] = next;
+            for (toward, flags, seq, ack) in [
+                (Toward::Egress, 0x02, vm.wrapping_sub(1), 0),
+                (Toward::Ingress, 0x12, other.wrapping_sub(1), vm),
+                (Toward::Egress, 0x10, vm, other),
+            ] {
+                let sent = sent(toward, flags, seq, ack, 60_000, 0);
+                maps.iter().for_each(|map| drop(in_full(map, &config, &sent, 1, now_ms, false)));
+            }
+            for _ in 0..if cfg!(miri) { 3 } else { 20 } {
+                now_ms += random.below(3000);
+                let toward = random.pick(&[Toward::Ingress, Toward::Egress]);
+                let own = usize::from(toward == Toward::Ingress);
+                let train: Vec<Plain> = (0..random.below(9) + 1)
+                    .map(|_| {
+                        let jump = if random.one_in(12) { 1 << 30 } else { 0 };
+                        let payload = random.pick(&[0, 100, 400]);
+                        let ack = next[1 - own];
+                        let sent = sent(toward, 0x10, next[own].wrapping_add(jump), ack, 60_000, payload);
+                        next[own] = next[own].wrapping_add(payload as u32);
+                        plain(&frame(&sent), 128).unwrap()
+                    })
+                    .collect();
+                let key = train[0].key(toward, 9);
+                assert!(train.iter().all(|packet| packet.same_talk(&train[0])));
+                let facts: Vec<Particulars> = train.iter().map(|packet| packet.facts).collect();
+                let terms = Terms { generation: GENERATION, config: &config, now_ms };
+                let ask = |map: &ConnMap, facts: &[Particulars]| {
+                    let likely = likely(map, &key);
+                    let found = steady(map, &terms, toward, &train[0], facts, &key, likely, 7);
+                    if found.is_some() {
+                        map.note_bookkeeping(&[likely]);
+                    }
+                    found
+                };
+                let mut singly = 0;
+                let mut state = None;
+                for fact in &facts {
+                    let Some((1, known)) = ask(one_by_one, core::slice::from_ref(fact)) else { break };
+                    singly += 1;
+                    state = Some(known);
+                }
+                assert_eq!(ask(at_once, &facts), state.map(|state| (singly, state)));
+                let plainly = |map: &ConnMap| {
+                    let mut all = entries(map);
+                    // Each change is a version.
+                    all.iter_mut().for_each(|entry| entry.version = 0);
+                    all
+                };
+                assert_eq!(plainly(one_by_one), plainly(at_once));
+                assert_eq!(one_by_one.uncollected(), at_once.uncollected());
+                trains += usize::from(singly > 1);
+                broken += usize::from(singly > 0 && singly < train.len());
+            }
+        }
+        assert!(cfg!(miri) || trains > 2000 && broken > 200, "{trains} {broken}");
     }
 
     /// Where the addresses of plain packets are concerned, the short question has the long one's answer.

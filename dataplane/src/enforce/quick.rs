@@ -1,15 +1,19 @@
 //! The short way through a port's firewall: plain packets of connections that only need their bookkeeping done.
 //!
 //! Over a burst it goes in steps, so that the tables' cache lines are on their way while other frames are looked at:
-//! [`Quick::prepare`] for each frame, then [`Quick::locate`] for each, then [`Quick::passes`]. The last one lets a frame pass only where
-//! [`super::stage`] would, and leaves behind what it would; to anything else it says no and changes nothing.
+//! [`Quick::prepare`] for the packets of each connection, then [`Quick::locate`] for each, then [`Quick::passes`]. The last one lets packets
+//! pass only where [`super::stage`] would, and leaves behind what it would; to anything else it says no and changes nothing.
+use arrayvec::ArrayVec;
+
 use super::port::{FirewallCounters, PortFirewall};
-use crate::conntrack::{ConnMap, CtState, Likely, Plain, Terms, Toward, Whereabouts, steady};
+use crate::conntrack::{ConnMap, CtState, Ends, Likely, Particulars, Plain, Terms, Toward, Whereabouts, steady};
 use crate::firewall::spoof::SpoofTable;
-use crate::frame::{Offload, RxBurst};
 use crate::packet::MacAddr;
 
-/// Where the entry of a frame's connection probably is, in one table.
+/// Entries whose change the table is told of together: what it takes to do so is a memory fence for all of them.
+const CHANGED: usize = 16;
+
+/// Where the entry of a connection probably is, in one table.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Prospect {
     whereabouts: Whereabouts,
@@ -19,6 +23,12 @@ pub(crate) struct Prospect {
 impl Prospect {
     /// Not looked for.
     pub const NONE: Self = Self { whereabouts: Whereabouts::NONE, likely: Likely::NONE };
+}
+
+impl Default for Prospect {
+    fn default() -> Self {
+        Self::NONE
+    }
 }
 
 /// What a frame says of where it comes from, or goes to.
@@ -54,6 +64,8 @@ pub(crate) struct Quick<'a, const EGRESS: bool> {
     established: u64,
     /// The last station, and for the direction from the VM its address, that the anti-spoofing rules let pass.
     accepted: Claim,
+    /// Entries that were changed, of which the table is still to be told.
+    changed: ArrayVec<Likely, CHANGED>,
 }
 
 impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
@@ -70,20 +82,41 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
             new: 0,
             established: 0,
             accepted: Claim::NOBODYS,
+            changed: ArrayVec::new(),
         }
     }
 
-    /// First step: hashes, and fetches the buckets.
+    /// The part of a connection's hash that is the same at both ends.
     #[inline(always)]
-    pub fn prepare(&self, packet: &Plain, vlan: u16) -> Prospect {
-        let key = packet.key(Self::TOWARD, self.zone | vlan);
-        Prospect { whereabouts: self.map.prefetch_places(key), likely: Likely::NONE }
+    pub fn ends(&self, packet: &Plain) -> Ends {
+        self.map.ends(&packet.key(Self::TOWARD, 0))
     }
 
-    /// Second step: finds the entry, and fetches it.
+    /// First step: hashes, and fetches the bucket.
     #[inline(always)]
-    pub fn locate(&self, prospect: &mut Prospect) {
-        prospect.likely = self.map.prefetch_likely(&prospect.whereabouts);
+    pub fn prepare(&self, ends: Ends, packet: &Plain, vlan: u16) -> Prospect {
+        let [.., rest] = packet.key(Self::TOWARD, self.zone | vlan);
+        Prospect { whereabouts: self.map.prefetch_places(ends, rest), likely: Likely::NONE }
+    }
+
+    /// Second step: finds the entry, and fetches it. False: it is not where it most probably would be, and [`Self::locate_again`] should
+    /// follow, a little later.
+    #[inline(always)]
+    pub fn locate(&self, prospect: &mut Prospect) -> bool {
+        prospect.likely = self.map.prefetch_likely(prospect.whereabouts);
+        prospect.likely != Likely::NONE
+    }
+
+    /// Looks at the less probable place.
+    pub fn locate_again(&self, prospect: &mut Prospect) {
+        if prospect.likely == Likely::NONE {
+            prospect.likely = self.map.prefetch_less_likely(prospect.whereabouts);
+        }
+    }
+
+    /// Looks again: the entry may have been made meanwhile.
+    pub fn relocate(&self, prospect: &mut Prospect) {
+        prospect.likely = self.map.likely(prospect.whereabouts);
     }
 
     /// Whose frame it is: from the VM, or for it. `station`: its source there, its destination here.
@@ -108,34 +141,45 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         ours
     }
 
-    /// Third step: frame `i` passes, and its connection is up to date. `vouched`: the other end has verified its checksum.
-    #[expect(clippy::too_many_arguments, reason = "facts of one frame; inlined")]
+    /// Third step: how many of the packets, from the first on, pass; their connection is up to date. `packet` is one of them, `facts` are
+    /// all. `verified`: their checksums are right, or somebody vouches for them.
+    #[expect(clippy::too_many_arguments, reason = "facts of one connection; inlined")]
     #[inline(always)]
     pub fn passes(
         &mut self,
-        burst: &RxBurst,
-        i: usize,
         station: MacAddr,
         vlan: u16,
         packet: &Plain,
+        facts: &[Particulars],
         prospect: &Prospect,
-        vouched: bool,
+        verified: bool,
         dither: u32,
-    ) -> bool {
-        if !self.is_ours(station, packet) {
-            return false;
-        }
-        let unproven = self.terms.config.checksum && !vouched && packet.is_summed();
-        if unproven && !is_vouched_for(burst, i) && !checksum_ok(burst, i, packet) {
-            return false;
+    ) -> usize {
+        if self.verifies() && !verified || !self.is_ours(station, packet) {
+            return 0;
         }
         let key = packet.key(Self::TOWARD, self.zone | vlan);
-        match steady(self.map, &self.terms, Self::TOWARD, packet, &key, prospect.likely, dither) {
-            Some(CtState::New) => self.new += 1,
-            Some(_) => self.established += 1,
-            None => return false,
+        let likely = prospect.likely;
+        match steady(self.map, &self.terms, Self::TOWARD, packet, facts, &key, likely, dither) {
+            Some((packets, state)) => {
+                let counted = if state == CtState::New { &mut self.new } else { &mut self.established };
+                *counted += packets as u64;
+                if self.changed.is_full() {
+                    self.note();
+                }
+                let _ = self.changed.try_push(likely);
+                packets
+            }
+            None => 0,
         }
-        true
+    }
+
+    #[inline(always)]
+    fn note(&mut self) {
+        if !self.changed.is_empty() {
+            self.map.note_bookkeeping(&self.changed);
+            self.changed.clear();
+        }
     }
 
     /// Frames that pass have right checksums.
@@ -144,26 +188,12 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         self.terms.config.checksum
     }
 
-    /// Counts what was let pass. To be called before the burst ends.
-    pub fn settle(self) {
+    /// Counts what was let pass, and tells the table what was changed. To be called before the burst ends.
+    pub fn settle(mut self) {
+        self.note();
         if let Some(counters) = self.counters {
             counters.count_states(CtState::New, self.new);
             counters.count_states(CtState::Established, self.established);
         }
     }
-}
-
-/// The port that the frame came from vouches for its checksum, or it is yet to be computed.
-#[inline(always)]
-fn is_vouched_for(burst: &RxBurst, i: usize) -> bool {
-    burst.meta(i).is_some_and(|meta| {
-        let Offload { needs_csum, csum_valid, .. } = meta.offload;
-        needs_csum || csum_valid
-    })
-}
-
-#[inline]
-fn checksum_ok(burst: &RxBurst, i: usize, packet: &Plain) -> bool {
-    let head = burst.snapshot(i);
-    packet.checksum_ok(head, &burst.body(i, head.len() as u32))
 }

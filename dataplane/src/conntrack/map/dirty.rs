@@ -123,13 +123,21 @@ impl Marks {
     /// Sets a slot's bit. To be called after the change.
     #[inline]
     pub fn set(&self, slot: u32) {
-        let Some(word) = self.0.get((slot / PER_WORD) as usize) else { return };
-        let bit = 1 << (slot % PER_WORD);
-        // The change, then the look at the bit; in `take` the other way round. So a bit that is seen set here will be cleared before
+        self.set_all([slot]);
+    }
+
+    /// Sets the bits of slots. To be called after their changes.
+    #[inline]
+    pub fn set_all(&self, slots: impl IntoIterator<Item = u32>) {
+        // The changes, then the look at the bits; in `take` the other way round. So a bit that is seen set here will be cleared before
         // the entry is read.
         fence(Ordering::SeqCst);
-        if word.load(Ordering::Relaxed) & bit == 0 {
-            word.fetch_or(bit, Ordering::AcqRel);
+        for slot in slots {
+            let Some(word) = self.0.get((slot / PER_WORD) as usize) else { continue };
+            let bit = 1 << (slot % PER_WORD);
+            if word.load(Ordering::Relaxed) & bit == 0 {
+                word.fetch_or(bit, Ordering::AcqRel);
+            }
         }
     }
 

@@ -1,41 +1,74 @@
 //! The keyed hash of connection keys.
+//!
+//! In two parts: that of the two ends is the same whichever of them is the VM's, and the same in every map of the process, so that a packet
+//! that is judged at both ends is hashed once; the rest is each map's own.
+use std::hash::{BuildHasher, RandomState};
+use std::sync::LazyLock;
 
-/// Hashes a key under a secret of 128 bits.
+/// Secrets of the process.
+static PROCESS: LazyLock<[u64; 3]> = LazyLock::new(|| {
+    let random = RandomState::new();
+    // Odd factors lose nothing.
+    [0u64, 1, 2].map(|n| random.hash_one(n) | 1)
+});
+
+/// The part of a key's hash that is about its two ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ends(u64);
+
+/// Hashes a key under secrets of the process and of the map.
 ///
-/// Multiply-and-fold over the key's five words, each under a secret of its own. Not a cryptographic function: what stands between a guest
-/// and a bucket full of its own connections is that it can neither see hashes nor count probes; and should it succeed all the same, only
-/// its own VM's table refuses connections, in bounded time.
+/// Multiply-and-fold over addresses and ports of each end, then over both and the rest of the key. Not a cryptographic function: what
+/// stands between a guest and a bucket full of its own connections is that it can neither see hashes nor count probes; and should it
+/// succeed all the same, only its own VM's table refuses connections, in bounded time.
 #[derive(Clone, Copy)]
 pub(super) struct Hasher {
-    secrets: [u64; 6],
+    process: [u64; 3],
+    own: [u64; 2],
 }
 
 impl Hasher {
     pub fn new(seed: [u64; 2]) -> Self {
         let [mut state, increment] = seed;
         // SplitMix64 with a secret odd increment.
-        let secrets = core::array::from_fn(|_| {
+        let own = core::array::from_fn(|_| {
             state = state.wrapping_add(increment | 1).wrapping_add(0x9e37_79b9_7f4a_7c14);
             let z = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
             z ^ z >> 31
         });
-        Self { secrets }
+        Self { process: *PROCESS, own }
     }
 
-    /// All 64 bits are usable.
+    /// The part that is about the key's ends; the same for the same ends the other way round, and in any other map.
+    #[inline(always)]
+    pub fn ends(&self, key: &[u64; 5]) -> Ends {
+        let &[a, b, c, d, e] = key;
+        Ends(self.end(a, b, e as u16).wrapping_add(self.end(c, d, (e >> 16) as u16)))
+    }
+
+    #[inline(always)]
+    fn end(&self, low: u64, high: u64, port: u16) -> u64 {
+        let [k0, k1, k2] = self.process;
+        fold((low ^ k0).wrapping_add(u64::from(port).wrapping_mul(k2)), high ^ k1)
+    }
+
+    /// The hash of a key with these ends, of which `rest` is the last word. All 64 bits are usable.
+    #[inline(always)]
+    pub fn whole(&self, Ends(ends): Ends, rest: u64) -> u64 {
+        let [k0, k1] = self.own;
+        fold(ends ^ k0, (rest >> 32) ^ k1)
+    }
+
+    /// A key's hash.
     #[inline]
     pub fn hash(&self, key: [u64; 5]) -> u64 {
-        let [a, b, c, d, e] = key;
-        let [k0, k1, k2, k3, k4, k5] = self.secrets;
-        let local = fold(a ^ k0, b ^ k1);
-        let remote = fold(c ^ k2, d ^ k3);
-        let rest = fold(e ^ k4, local.wrapping_add(k5));
-        fold(rest ^ k1, remote.wrapping_add(rest.rotate_left(32)) ^ k3)
+        let [.., rest] = key;
+        self.whole(self.ends(&key), rest)
     }
 }
 
-#[inline]
+#[inline(always)]
 fn fold(a: u64, b: u64) -> u64 {
     let product = u128::from(a) * u128::from(b);
     product as u64 ^ (product >> 64) as u64
@@ -79,5 +112,21 @@ mod tests {
         let hashes: std::collections::HashSet<u64> =
             (0..4u64).map(|n| Hasher::new([n / 2, n % 2 * 2]).hash(key)).collect();
         assert_eq!(hashes.len(), 4);
+    }
+
+    #[test]
+    fn ends_are_the_same_from_both_sides_and_for_all_maps() {
+        let [one, other] = [[1, 2], [3, 4]].map(Hasher::new);
+        for n in 0..100 {
+            let key = sample(n * 977).key.words();
+            let [a, b, c, d, e] = key;
+            let turned = [c, d, a, b, e & !0xffff_ffff | (e & 0xffff) << 16 | e >> 16 & 0xffff];
+            assert_eq!(one.ends(&key), one.ends(&turned));
+            assert_eq!(one.ends(&key), other.ends(&key));
+            assert_ne!(one.hash(key), other.hash(key));
+            // A port belongs to its address.
+            let crossed = [a, b, c, d, e & !0xffff_ffff | (e & 0xffff) << 16 | e >> 16 & 0xffff];
+            assert!(crossed == key || one.ends(&key) != one.ends(&crossed));
+        }
     }
 }

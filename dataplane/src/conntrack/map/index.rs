@@ -40,11 +40,6 @@ pub(super) struct Places {
     tag: u32,
 }
 
-impl Places {
-    /// Of no key.
-    pub(super) const NONE: Self = Self { buckets: [0; 2], tag: u32::MAX };
-}
-
 /// A place: bucket number and place in it, in this order. Of two insertions of one key the one at the lower position wins.
 pub(super) type Position = (u32, u32);
 
@@ -71,18 +66,31 @@ impl Index {
     /// A key's places.
     #[inline]
     pub fn places(&self, hash: u64) -> Places {
-        let bucket = |half: u32| ((u64::from(half) * u64::from(self.count)) >> 32) as u32;
-        let first = bucket(hash as u32);
-        let mut second = bucket((hash >> 32) as u32);
+        let first = self.first_bucket(hash);
+        let mut second = self.bucket_of((hash >> 32) as u32);
         if second == first {
             second = if first + 1 == self.count { 0 } else { first + 1 };
         }
-        // The lowest bits have next to no part in the choice of the buckets.
-        let tag = (hash as u32 & (u32::MAX >> self.slot_bits)).max(1);
-        Places { buckets: [first, second], tag }
+        Places { buckets: [first, second], tag: self.tag(hash) }
     }
 
-    #[inline]
+    #[inline(always)]
+    fn bucket_of(&self, half: u32) -> u32 {
+        ((u64::from(half) * u64::from(self.count)) >> 32) as u32
+    }
+
+    #[inline(always)]
+    fn first_bucket(&self, hash: u64) -> u32 {
+        self.bucket_of(hash as u32)
+    }
+
+    /// The lowest bits have next to no part in the choice of the buckets.
+    #[inline(always)]
+    fn tag(&self, hash: u64) -> u32 {
+        (hash as u32 & (u32::MAX >> self.slot_bits)).max(1)
+    }
+
+    #[inline(always)]
     fn bucket(&self, bucket: u32) -> Option<&[AtomicU32; PLACES]> {
         self.buckets.get(bucket).map(|b| &b.0)
     }
@@ -116,15 +124,20 @@ impl Index {
         })
     }
 
-    /// The first slot that may have the key.
+    /// The slot in the first bucket of a key with this hash that is probably the key's.
     #[inline(always)]
-    pub fn first(&self, places: &Places) -> Option<u32> {
-        let [a, b] = places.buckets;
-        self.first_in(a, places.tag).or_else(|| self.first_in(b, places.tag))
+    pub fn first(&self, hash: u64) -> Option<u32> {
+        self.likely_in(self.first_bucket(hash), self.tag(hash))
+    }
+
+    /// The same in the second bucket.
+    pub fn second(&self, hash: u64) -> Option<u32> {
+        let Places { buckets: [_, second], tag } = self.places(hash);
+        self.likely_in(second, tag)
     }
 
     #[inline(always)]
-    fn first_in(&self, bucket: u32, tag: u32) -> Option<u32> {
+    fn likely_in(&self, bucket: u32, tag: u32) -> Option<u32> {
         let bucket = self.bucket(bucket)?;
         let hits = matches(bucket, tag, self.slot_bits);
         if hits == 0 {
@@ -132,6 +145,19 @@ impl Index {
         }
         let word = bucket.get(hits.trailing_zeros() as usize)?.load(Ordering::Acquire);
         Some(self.slot(word))
+    }
+
+    /// Fetches the first bucket of keys with this hash into the cache.
+    #[inline(always)]
+    pub fn prefetch_first(&self, hash: u64) {
+        if let Some(bucket) = self.buckets.get(self.first_bucket(hash)) {
+            prefetch(bucket);
+        }
+    }
+
+    /// Fetches the second.
+    pub fn prefetch_second(&self, hash: u64) {
+        self.prefetch(&self.places(hash), 1);
     }
 
     /// Every slot in a key's buckets.
@@ -146,7 +172,7 @@ impl Index {
             .map(|word| self.slot(word))
     }
 
-    #[inline]
+    #[inline(always)]
     fn slot(&self, word: u32) -> u32 {
         (word & !(u32::MAX << self.slot_bits)).wrapping_sub(1)
     }

@@ -609,14 +609,15 @@ fn loom_a_free_slot_has_one_owner() {
 fn counts(s: &Shared) -> u32 {
     use super::super::entry::{expiry, word};
     let key = sample(1).key.words();
-    let likely = s.map.prefetch_likely(&s.map.prefetch_places(key));
+    let [.., rest] = key;
+    let likely = s.map.likely(s.map.prefetch_places(s.map.ends(&key), rest));
     let Some(look) = s.map.look(likely, &key) else { return 0 };
     let mut traffic = Traffic::from_word(look.word::<{ word::ORIGINAL }>());
     traffic.count(IP_LEN, 0);
     let Some(entry) = look.claim(expiry(0, 3_600_000)) else { return 0 };
     entry.set::<{ word::ORIGINAL }>(traffic.to_word());
     entry.commit();
-    s.map.note_bookkeeping(likely);
+    s.map.note_bookkeeping(&[likely]);
     1
 }
 

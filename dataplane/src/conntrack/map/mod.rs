@@ -54,6 +54,7 @@ use super::entry::Connection;
 use super::key::Key;
 use super::table::{Change, InsertError, Stored};
 use dirty::{Dirty, Marks};
+pub(crate) use hash::Ends;
 use hash::Hasher;
 use index::{Index, Places, Position, prefetch};
 use meta::{Meta, State, newest, next};
@@ -146,11 +147,11 @@ pub enum Imported {
 
 /// Where a key is to be looked for in one map.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Whereabouts(Places);
+pub(crate) struct Whereabouts(u64);
 
 impl Whereabouts {
-    /// Nowhere.
-    pub(crate) const NONE: Self = Self(Places::NONE);
+    /// Nowhere in particular.
+    pub(crate) const NONE: Self = Self(0);
 }
 
 /// The slot in which a key's entry probably is, if anywhere.
@@ -299,24 +300,55 @@ impl ConnMap {
         });
     }
 
-    /// First step of a batch of looks: finds out where a key is to be looked for, and fetches the buckets.
+    /// The part of a key's hash that is the same for the key's two ends the other way round, and in any other map.
     #[inline(always)]
-    pub(crate) fn prefetch_places(&self, key: KeyWords) -> Whereabouts {
-        let places = self.index.places(self.hasher.hash(key));
-        self.index.prefetch(&places, 0);
-        self.index.prefetch(&places, 1);
-        Whereabouts(places)
+    pub(crate) fn ends(&self, key: &KeyWords) -> Ends {
+        self.hasher.ends(key)
     }
 
-    /// Second step: reads the buckets, fetches the entry that is probably the key's, and tells its slot.
+    /// First step of a batch of looks: finds out where the key with these ends and this last word is to be looked for, and fetches the
+    /// bucket where it most probably is.
     #[inline(always)]
-    pub(crate) fn prefetch_likely(&self, whereabouts: &Whereabouts) -> Likely {
-        let found = self.index.first(&whereabouts.0);
-        if let Some(slot) = found.and_then(|number| self.slab.slot(number)) {
+    pub(crate) fn prefetch_places(&self, ends: Ends, rest: u64) -> Whereabouts {
+        let hash = self.hasher.whole(ends, rest);
+        self.index.prefetch_first(hash);
+        Whereabouts(hash)
+    }
+
+    /// Second step: reads the bucket, fetches the entry that is probably the key's, and tells its slot. [`Likely::NONE`], when there is
+    /// none: then the second bucket is fetched, and [`Self::prefetch_less_likely`] is to be asked a little later.
+    #[inline(always)]
+    pub(crate) fn prefetch_likely(&self, Whereabouts(hash): Whereabouts) -> Likely {
+        match self.index.first(hash) {
+            Some(number) => self.prefetch_entry(number),
+            None => {
+                self.index.prefetch_second(hash);
+                Likely::NONE
+            }
+        }
+    }
+
+    /// As the second step, in the second bucket.
+    #[inline(never)]
+    pub(crate) fn prefetch_less_likely(&self, Whereabouts(hash): Whereabouts) -> Likely {
+        self.index.second(hash).map_or(Likely::NONE, |number| self.prefetch_entry(number))
+    }
+
+    /// All steps at once.
+    pub(crate) fn likely(&self, whereabouts: Whereabouts) -> Likely {
+        match self.prefetch_likely(whereabouts) {
+            Likely::NONE => self.prefetch_less_likely(whereabouts),
+            likely => likely,
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch_entry(&self, number: u32) -> Likely {
+        if let Some(slot) = self.slab.slot(number) {
             prefetch(slot);
             slot.prefetch_second();
         }
-        Likely(found.unwrap_or(u32::MAX))
+        Likely(number)
     }
 
     /// Key `words`' entry in a slot that is probably its.
@@ -325,11 +357,11 @@ impl ConnMap {
         self.slab.slot(likely.0)?.look(key)
     }
 
-    /// An entry's time, windows or counters were changed.
+    /// The entries in these slots have had their time, windows or counters changed. To be told before the thread's next quiescent state.
     #[inline(always)]
-    pub(super) fn note_bookkeeping(&self, likely: Likely) {
+    pub(crate) fn note_bookkeeping(&self, changed: &[Likely]) {
         if self.dirty.is_on() {
-            self.dirty.lagging.set(likely.0);
+            self.dirty.lagging.set_all(changed.iter().map(|likely| likely.0));
         }
     }
 

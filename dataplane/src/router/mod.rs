@@ -1,16 +1,15 @@
 //! From received frames to one batch per output: classify each frame (source checks, VLAN), judge what comes from a VM, learn and look
 //! up the output, judge what goes to a VM.
 //!
-//! Where no firewall is involved each frame goes straight through. Otherwise a burst is worked on in three passes, so that the cache
-//! lines of the connection tables are on their way while other frames are looked at; plain packets take the short way
-//! ([`crate::enforce::quick`]), all others [`crate::enforce::stage`].
+//! Where no firewall is involved each frame goes straight through; `guarded` has what happens where one is.
+mod guarded;
+
 use crate::bridge::fdb::{MAX_PORTS, PortId};
 use crate::bridge::vlan::Egress;
 use crate::bridge::{BridgeEntry, Forwarding, PortEntry};
-use crate::conntrack::{Plain, Toward, next_dither};
+use crate::conntrack::{Particulars, Plain, Toward};
 use crate::counters::DropReason;
 use crate::enforce::pending::{Next, PendingFrame};
-use crate::enforce::quick::{Prospect, Quick};
 use crate::enforce::stage::{End, Outcome, Stage};
 use crate::frame::{BURST, FrameMeta, Gso, MAX_FRAME_BYTES, Offload, RxBurst, SNAPSHOT_BYTES};
 use crate::offload::{BadOffload, VlanAction, validate};
@@ -19,6 +18,7 @@ use crate::packet::ethernet;
 use crate::packet::{self, EtherType, MacAddr, ParseError, Tci, Tpid, VlanId, VlanTag};
 use crate::port::TxPort;
 use crate::qsbr::Guard;
+use guarded::Train;
 
 /// Verdicts of one burst, and the batches per output that it was sorted into.
 pub(crate) struct Router {
@@ -26,25 +26,18 @@ pub(crate) struct Router {
     /// Outputs with a batch that is not empty.
     active: Vec<PortId>,
     pub stage: Stage,
-    /// What is known of each frame of the burst.
-    places: Box<[Place; BURST]>,
+    /// The frames of a burst that firewalls look at, and the facts of those that are plain.
+    trains: Box<[Train]>,
+    facts: Box<[Particulars; BURST]>,
     dither: u32,
 }
 
 /// Where the frames of one source go: the last decision, because consecutive frames mostly share it.
 #[derive(Clone, Copy)]
 struct Recent {
-    src: MacAddr,
-    dst: MacAddr,
+    link: Link,
     vlan: u16,
     output: PortId,
-}
-
-impl Recent {
-    #[inline(always)]
-    fn is_of(&self, src: MacAddr, dst: MacAddr, vlan: u16) -> bool {
-        self.src == src && self.dst == dst && self.vlan == vlan
-    }
 }
 
 /// How a frame leaves.
@@ -54,8 +47,8 @@ struct Way {
     action: VlanAction,
 }
 
-/// An untagged frame's addresses.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// A frame's addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Link {
     dst: MacAddr,
     src: MacAddr,
@@ -74,48 +67,15 @@ enum Target {
 }
 
 /// What is known of a frame on its way.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Place {
-    src: MacAddr,
-    dst: MacAddr,
+    link: Link,
     /// VLAN of the bridge.
     vlan: u16,
     tag: Option<VlanTag>,
     /// Where the network header begins, bytes.
     l3: u16,
     ethertype: EtherType,
-    /// The packet, if it is plain and a firewall will ask.
-    plain: Plain,
-    is_plain: bool,
-    /// Where its connection probably is in the table of the VM that it comes from, and of that behind `foretold`.
-    near: Prospect,
-    far: Prospect,
-    /// The port it will probably go to, if that has a firewall.
-    foretold: Option<PortId>,
-}
-
-impl Default for Place {
-    fn default() -> Self {
-        Self {
-            src: MacAddr::ZERO,
-            dst: MacAddr::ZERO,
-            vlan: 0,
-            tag: None,
-            l3: 0,
-            ethertype: EtherType(0),
-            plain: Plain::default(),
-            is_plain: false,
-            near: Prospect::NONE,
-            far: Prospect::NONE,
-            foretold: None,
-        }
-    }
-}
-
-/// The firewall of the output that was met last.
-struct Far<'a> {
-    output: PortId,
-    quick: Quick<'a, false>,
 }
 
 /// The facts that all frames of a burst share.
@@ -145,7 +105,8 @@ impl Router {
             batches: (0..MAX_PORTS).map(|_| Batch::default()).collect(),
             active: Vec::with_capacity(MAX_PORTS),
             stage,
-            places: Box::new([Place::default(); BURST]),
+            trains: vec![Train::default(); BURST].into_boxed_slice(),
+            facts: Box::new([Particulars::default(); BURST]),
             dither: 0x9e37_79b9,
         }
     }
@@ -232,219 +193,6 @@ impl Router {
         }
     }
 
-    /// The same where ports of the bridge have firewalls.
-    fn route_guarded<T: TxPort>(
-        &mut self,
-        burst: &mut RxBurst,
-        source: &Source<'_, T>,
-        thread: usize,
-        sender: &mut Sender,
-    ) {
-        let mut near = source.port.firewall.as_ref().map(|fw| Quick::new(fw, thread, source.now_ns));
-        let mut far: Option<Far<'_>> = None;
-        self.dither = next_dither(self.dither);
-        let alive = self.look_at(burst, source, near.as_ref(), &mut far, thread, sender);
-        self.locate(source, alive, near.as_ref(), &mut far, thread);
-        let mut recent: Option<Recent> = None;
-        let mut exit: Option<(VlanAction, Option<VlanTag>)> = None;
-        for i in bits(alive) {
-            let mut vouched = false;
-            if let Some(near) = &mut near {
-                if !self.leaves(burst, source, i, near, sender) {
-                    continue;
-                }
-                // What was not verified there is not vouched for here.
-                vouched = near.verifies();
-            }
-            let Some(place) = self.places.get(i) else { continue };
-            let (src, dst, vlan, tag) = (place.src, place.dst, place.vlan, place.tag);
-            if let (Some(recent), Some((action, of))) = (recent, exit)
-                && recent.is_of(src, dst, vlan)
-                && of == tag
-            {
-                if self.enters(burst, source, i, recent.output, vouched, &mut far, thread, sender) {
-                    self.push(recent.output, i, action);
-                }
-                continue;
-            }
-            exit = None;
-            match look_up(source, place, i, &mut recent, sender) {
-                Target::None => {}
-                Target::Flood => {
-                    let place = *place;
-                    self.flood_judged(burst, source, i, &place, vouched, sender);
-                }
-                Target::Port(output) => {
-                    if self.enters(burst, source, i, output, vouched, &mut far, thread, sender) {
-                        let action = self.output(source.forwarding, i, output, vlan, tag, sender);
-                        exit = action.map(|action| (action, tag));
-                    }
-                }
-            }
-        }
-        if let Some(near) = near {
-            near.settle();
-        }
-        if let Some(far) = far {
-            far.quick.settle();
-        }
-    }
-
-    /// First pass: what each frame is, and the buckets of the tables that it will be looked up in. Returns which frames go on.
-    #[inline(never)]
-    fn look_at<'a, T: TxPort>(
-        &mut self,
-        burst: &mut RxBurst,
-        source: &Source<'a, T>,
-        near: Option<&Quick<'a, true>>,
-        far: &mut Option<Far<'a>>,
-        thread: usize,
-        sender: &mut Sender,
-    ) -> u64 {
-        let mut alive = 0u64;
-        let mut foretold: Option<(MacAddr, u16, Option<PortId>)> = None;
-        let untagged_vlan = source.port.vlan.ingress(None);
-        for (i, place) in self.places.iter_mut().take(burst.len()).enumerate() {
-            if !see(burst, i, untagged_vlan, place) {
-                let Some(classified) = classify_any(burst, i, source.port, sender) else { continue };
-                let (l3, ethertype) = (usize::from(classified.l3), classified.ethertype);
-                *place = classified;
-                let (head, have) = burst.head(i);
-                let len = burst.meta(i).map_or(0, |meta| meta.len);
-                place.is_plain = place.plain.read(head, have, len as usize, l3, ethertype);
-            }
-            alive |= 1 << i;
-            if !place.is_plain {
-                continue;
-            }
-            let (dst, vlan) = (place.dst, place.vlan);
-            if let Some(near) = near {
-                place.near = near.prepare(&place.plain, vlan);
-            }
-            let output = match foretold {
-                Some((d, v, output)) if d == dst && v == vlan => output,
-                _ => {
-                    let output = source.bridge.fdb.lookup(vlan, dst, source.now_s());
-                    let output = output.filter(|&output| face(far, source, output, thread));
-                    foretold = Some((dst, vlan, output));
-                    output
-                }
-            };
-            place.foretold = output;
-            if let Some(far) = far
-                && output == Some(far.output)
-            {
-                place.far = far.quick.prepare(&place.plain, vlan);
-            }
-        }
-        alive
-    }
-
-    /// Second pass: the tables' entries.
-    #[inline(never)]
-    fn locate<'a, T: TxPort>(
-        &mut self,
-        source: &Source<'a, T>,
-        alive: u64,
-        near: Option<&Quick<'a, true>>,
-        far: &mut Option<Far<'a>>,
-        thread: usize,
-    ) {
-        for i in bits(alive) {
-            let Some(place) = self.places.get_mut(i).filter(|place| place.is_plain) else { continue };
-            if let Some(near) = near {
-                near.locate(&mut place.near);
-            }
-            if let Some(output) = place.foretold
-                && face(far, source, output, thread)
-                && let Some(far) = far
-            {
-                far.quick.locate(&mut place.far);
-            }
-        }
-    }
-
-    /// An evenly distributed number for frame `i` at one end.
-    #[inline(always)]
-    fn dither_of(&self, i: usize, end: u32) -> u32 {
-        (i as u32 * 2 + end).wrapping_mul(0x9e37_79b9) ^ self.dither
-    }
-
-    /// The source's firewall lets frame `i` go.
-    #[inline(always)]
-    fn leaves<T>(
-        &mut self,
-        burst: &mut RxBurst,
-        source: &Source<'_, T>,
-        i: usize,
-        near: &mut Quick<'_, true>,
-        sender: &mut Sender,
-    ) -> bool {
-        let dither = self.dither_of(i, 0);
-        let Some(place) = self.places.get(i) else { return false };
-        if place.is_plain && near.passes(burst, i, place.src, place.vlan, &place.plain, &place.near, false, dither) {
-            return true;
-        }
-        let vlan = place.vlan;
-        self.leaves_slowly(burst, source, i, vlan, sender)
-    }
-
-    #[inline(never)]
-    fn leaves_slowly<T>(
-        &mut self,
-        burst: &mut RxBurst,
-        source: &Source<'_, T>,
-        i: usize,
-        vlan: u16,
-        sender: &mut Sender,
-    ) -> bool {
-        let Some(firewall) = &source.port.firewall else { return true };
-        let end = End {
-            firewall,
-            port: source.port.id,
-            ingress: source.port.id,
-            // An answer to what the VM's own rules reject concerns no connection of the VM.
-            ingress_guarded: false,
-            toward: Toward::Egress,
-            vlan,
-            now_ns: source.now_ns,
-        };
-        judge(&mut self.stage, burst, i, &end, false, sender)
-    }
-
-    /// The firewall of the output, if it has one, lets frame `i` in.
-    #[expect(clippy::too_many_arguments, reason = "facts of one frame; inlined")]
-    #[inline(always)]
-    fn enters<'a, T>(
-        &mut self,
-        burst: &mut RxBurst,
-        source: &Source<'a, T>,
-        i: usize,
-        output: PortId,
-        vouched: bool,
-        far: &mut Option<Far<'a>>,
-        thread: usize,
-        sender: &mut Sender,
-    ) -> bool {
-        let dither = self.dither_of(i, 1);
-        let Some(place) = self.places.get_mut(i) else { return false };
-        if place.is_plain
-            && face(far, source, output, thread)
-            && let Some(Far { quick, .. }) = far
-        {
-            if place.foretold != Some(output) {
-                place.far = quick.prepare(&place.plain, place.vlan);
-                quick.locate(&mut place.far);
-            }
-            if quick.passes(burst, i, place.dst, place.vlan, &place.plain, &place.far, vouched, dither) {
-                return true;
-            }
-        }
-        let (vlan, port) = (place.vlan, source.forwarding.port(output));
-        port.is_none_or(|port| self.admit(burst, source, i, vlan, vouched, port, sender))
-    }
-
-    /// The second half of [`Self::route_guarded`] for one frame that no firewall is to judge at its source.
     #[cold]
     fn route_judged<T: TxPort>(
         &mut self,
@@ -533,11 +281,14 @@ impl Router {
         }
     }
 
-    /// Puts frame `i` into the batch of a port that has one already.
+    /// Puts the frames `from..to` into the batch of a port.
     #[inline(always)]
-    fn push(&mut self, output: PortId, i: usize, action: VlanAction) {
+    fn push_run(&mut self, output: PortId, from: usize, to: usize, action: VlanAction) {
         if let Some(batch) = self.batches.get_mut(usize::from(output)) {
-            batch.push(i, action);
+            if batch.is_empty() {
+                self.active.push(output);
+            }
+            batch.push_run(from, to, action);
         }
     }
 
@@ -587,9 +338,9 @@ impl Router {
             let Some(port) = source.forwarding.port(member).filter(|_| member != source.port.id) else { continue };
             if let Some(firewall) = &port.firewall {
                 // A frame for someone else is no business of this VM's, and no denial.
-                let foreign = !place.dst.is_multicast()
+                let foreign = !place.link.dst.is_multicast()
                     && firewall.rules.spoof.is_enabled()
-                    && !firewall.rules.spoof.has_mac(place.dst);
+                    && !firewall.rules.spoof.has_mac(place.link.dst);
                 if foreign || port.vlan.egress(place.vlan).is_none() {
                     continue;
                 }
@@ -608,46 +359,26 @@ impl Router {
     /// `None` when the port does not carry the VLAN.
     #[inline]
     fn enqueue<T>(&mut self, port: &PortEntry<T>, i: usize, vlan: u16, tag: Option<VlanTag>) -> Option<VlanAction> {
-        let egress = port.vlan.egress(vlan)?;
-        let action = match (egress, tag) {
-            (Egress::Untagged, None) => VlanAction::Keep,
-            (Egress::Untagged, Some(_)) => VlanAction::Pop,
-            (Egress::Tagged, None) => {
-                let vid = VlanId::new(vlan).unwrap_or_default();
-                VlanAction::Push(VlanTag { tpid: Tpid::Customer, tci: Tci::new(0, false, vid) })
-            }
-            (Egress::Tagged, Some(tag)) if tag.tci.vid().get() == vlan => VlanAction::Keep,
-            // A priority tag keeps its priority under the VLAN it now belongs to.
-            (Egress::Tagged, Some(tag)) => VlanAction::Replace(tag.tci.with_vid(VlanId::new(vlan).unwrap_or_default())),
-        };
-        if let Some(batch) = self.batches.get_mut(usize::from(port.id)) {
-            if batch.is_empty() {
-                self.active.push(port.id);
-            }
-            batch.push(i, action);
-        }
+        let action = action(port, vlan, tag)?;
+        self.push_run(port.id, i, i + 1, action);
         Some(action)
     }
 }
 
-/// Makes `far` the firewall of `output`. False when there is none that judges: who takes a diverted frame in judges it.
-#[inline(always)]
-fn face<'a, T>(far: &mut Option<Far<'a>>, source: &Source<'a, T>, output: PortId, thread: usize) -> bool {
-    match far {
-        Some(far) if far.output == output => true,
-        _ => face_another(far, source, output, thread),
-    }
-}
-
-#[inline(never)]
-fn face_another<'a, T>(far: &mut Option<Far<'a>>, source: &Source<'a, T>, output: PortId, thread: usize) -> bool {
-    let Some(port) = source.forwarding.port(output).filter(|port| port.divert.is_none()) else { return false };
-    let Some(firewall) = &port.firewall else { return false };
-    let quick = Quick::new(firewall, thread, source.now_ns);
-    if let Some(former) = far.replace(Far { output, quick }) {
-        former.quick.settle();
-    }
-    true
+/// What is done to a frame on its way out. `None` when the port does not carry the VLAN.
+#[inline]
+fn action<T>(port: &PortEntry<T>, vlan: u16, tag: Option<VlanTag>) -> Option<VlanAction> {
+    Some(match (port.vlan.egress(vlan)?, tag) {
+        (Egress::Untagged, None) => VlanAction::Keep,
+        (Egress::Untagged, Some(_)) => VlanAction::Pop,
+        (Egress::Tagged, None) => {
+            let vid = VlanId::new(vlan).unwrap_or_default();
+            VlanAction::Push(VlanTag { tpid: Tpid::Customer, tci: Tci::new(0, false, vid) })
+        }
+        (Egress::Tagged, Some(tag)) if tag.tci.vid().get() == vlan => VlanAction::Keep,
+        // A priority tag keeps its priority under the VLAN it now belongs to.
+        (Egress::Tagged, Some(tag)) => VlanAction::Replace(tag.tci.with_vid(VlanId::new(vlan).unwrap_or_default())),
+    })
 }
 
 /// Learns where frame `i` came from and finds where it goes.
@@ -659,9 +390,11 @@ fn look_up<T>(
     recent: &mut Option<Recent>,
     sender: &mut Sender,
 ) -> Target {
-    let &Place { src, dst, vlan, .. } = place;
+    let &Place { link, vlan, .. } = place;
+    let Link { dst, src } = link;
     if let Some(r) = *recent
-        && r.is_of(src, dst, vlan)
+        && r.link == link
+        && r.vlan == vlan
     {
         return Target::Port(r.output);
     }
@@ -684,7 +417,7 @@ fn look_up<T>(
             Target::None
         }
         Some(output) => {
-            *recent = Some(Recent { src, dst, vlan, output });
+            *recent = Some(Recent { link, vlan, output });
             Target::Port(output)
         }
         None => Target::Flood,
@@ -729,31 +462,15 @@ fn accept_checksum(meta: &mut FrameMeta, plain: &Plain) -> bool {
     true
 }
 
-/// What an untagged frame without special wishes is, and its packet if it is plain. False: to be classified.
-#[inline(always)]
-fn see(burst: &mut RxBurst, i: usize, untagged_vlan: Option<u16>, place: &mut Place) -> bool {
-    let Some((head, meta)) = burst.frame_mut(i) else { return false };
-    let have = usize::from(meta.snapshot_len);
-    let (Some((Link { dst, src }, ethertype)), Some(vlan)) = (untagged(head, have), untagged_vlan) else {
-        return false;
-    };
-    place.src = src;
-    place.dst = dst;
-    place.vlan = vlan;
-    place.tag = None;
-    place.is_plain = place.plain.read(head, have, meta.len as usize, ethernet::HEADER_BYTES, ethertype);
-    !owes_work(meta) || place.is_plain && accept_checksum(meta, &place.plain)
-}
-
 /// Reads frame `i`'s link header; checks VLAN and offload. `None`: dropped.
 #[inline(always)]
 fn classify<T>(burst: &mut RxBurst, i: usize, port: &PortEntry<T>, sender: &mut Sender) -> Option<Place> {
     let (head, have) = burst.head(i);
-    if let Some((Link { dst, src }, ethertype)) = untagged(head, have)
+    if let Some((link, ethertype)) = untagged(head, have)
         && let Some(vlan) = port.vlan.ingress(None)
         && !burst.meta(i).is_none_or(owes_work)
     {
-        return Some(Place { src, dst, vlan, l3: 14, ethertype, ..Place::default() });
+        return Some(Place { link, vlan, tag: None, l3: 14, ethertype });
     }
     classify_any(burst, i, port, sender)
 }
@@ -781,15 +498,8 @@ fn classify_any<T>(burst: &mut RxBurst, i: usize, port: &PortEntry<T>, sender: &
         sender.fail(i, DropReason::RxBadOffload);
         return None;
     }
-    Some(Place {
-        src: l2.src_mac,
-        dst: l2.dst_mac,
-        vlan,
-        tag: l2.vlan,
-        l3: l2.len,
-        ethertype: l2.ethertype,
-        ..Place::default()
-    })
+    let link = Link { dst: l2.dst_mac, src: l2.src_mac };
+    Some(Place { link, vlan, tag: l2.vlan, l3: l2.len, ethertype: l2.ethertype })
 }
 
 /// One end judges frame `i`. True: it goes on.
@@ -806,16 +516,6 @@ fn judge(stage: &mut Stage, burst: &mut RxBurst, i: usize, end: &End<'_>, vouche
             false
         }
     }
-}
-
-/// The numbers of the bits that are set.
-#[inline]
-fn bits(mut mask: u64) -> impl Iterator<Item = usize> {
-    core::iter::from_fn(move || {
-        let i = (mask != 0).then(|| mask.trailing_zeros() as usize)?;
-        mask &= mask - 1;
-        Some(i)
-    })
 }
 
 #[inline(always)]
