@@ -2,11 +2,14 @@
 //!
 //!     cargo run --release -p ferry-dataplane --features testing --example packet_path [NAME ...]
 //!
-//! Shown is what the quietest bursts (2nd percentile) and the typical ones (median) take.
+//! Shown is what the quietest bursts (2nd percentile) and the typical ones (median) take. TCP sends in both directions. `new` is
+//! nanoseconds per handshake (SYN, SYN-ACK, ACK) at both ends while the tables fill up to the named number of connections, without their
+//! removal; `syn`, `syn-ack` and `ack` are its parts.
 use std::time::{Duration, Instant};
 
 use ferry_dataplane::clock::cycles;
 use ferry_dataplane::frame::BURST;
+use ferry_dataplane::testing::synthetic::tcp::{Phase, TcpSwitch};
 use ferry_dataplane::testing::synthetic::{FirewallLoad, SyntheticKinds, firewall_worker, l2_worker};
 use ferry_dataplane::worker::Worker;
 
@@ -42,13 +45,9 @@ fn main() {
                 samples.push(cycles() - from);
             }
         }
-        samples.sort_unstable();
-        let at = |percent: usize| {
-            samples.get(samples.len() * percent / 100).map_or(0.0, |&t| t as f64 / per_ns / BURST as f64)
-        };
-        println!("{name:<28} {:>7.1} {:>7.1}", at(2), at(50));
+        print(name, per_ns, samples, BURST);
     };
-    println!("{:<28} {:>7} {:>7}", "", "quiet", "typical");
+    println!("{:<32} {:>7} {:>7}", "", "quiet", "typical");
     for (bytes, stations) in [(64, 1), (64, 1000), (1518, 1)] {
         measure(&format!("l2 {bytes} B, {stations} pairs"), 2000, &|| {
             l2_worker(bytes, stations).expect("a fresh domain has room for a reader")
@@ -63,4 +62,66 @@ fn main() {
             });
         }
     }
+    for both_ends in [false, true] {
+        for connections in [1, 10_000, 1_000_000] {
+            let load = FirewallLoad { frame_bytes: 64, connections, rules: 10, both_ends };
+            let ends = if both_ends { "both ends" } else { "one end" };
+            tcp(&format!("tcp {ends} {connections}"), &wanted, per_ns, load);
+        }
+    }
+}
+
+/// Opens the connections of a load, then sends on them.
+fn tcp(name: &str, wanted: &[String], per_ns: f64, load: FirewallLoad) {
+    if !wanted.is_empty() && !wanted.iter().any(|w| name == w) {
+        return;
+    }
+    let mut switch = TcpSwitch::new(load).expect("memory for the tables");
+    let mut offered = 0;
+    let mut step = |switch: &mut TcpSwitch| {
+        let phase = switch.lay_out();
+        offered += if phase == Phase::Data { 2 * BURST } else { BURST.min(switch.connections() as usize) } as u64;
+        let from = cycles();
+        switch.step();
+        (phase, cycles() - from)
+    };
+    let mut opening: [Vec<u64>; 3] = Default::default();
+    loop {
+        let (phase, taken) = step(&mut switch);
+        match phase {
+            Phase::Syn => opening[0].push(taken),
+            Phase::SynAck => opening[1].push(taken),
+            Phase::Ack => opening[2].push(taken),
+            Phase::Data => break,
+        }
+    }
+    for _ in 0..2 * switch.connections() as usize / BURST + 2000 {
+        step(&mut switch);
+    }
+    let mut samples = Vec::with_capacity(1 << 20);
+    let began = Instant::now();
+    while began.elapsed() < TIME {
+        for _ in 0..64 {
+            samples.push(step(&mut switch).1);
+        }
+    }
+    let delivered: u64 = switch.delivered().iter().sum();
+    assert_eq!(delivered, offered, "{name}: segments were dropped");
+    print(name, per_ns, samples, 2 * BURST);
+    if opening[0].len() > 1 {
+        let [syn, syn_ack, ack] = &opening;
+        let whole = syn.iter().zip(syn_ack).zip(ack).map(|((a, b), c)| a + b + c).collect();
+        print(&format!("{name} new"), per_ns, whole, BURST);
+        for (part, samples) in ["syn", "syn-ack", "ack"].into_iter().zip(opening) {
+            print(&format!("  {part}"), per_ns, samples, BURST);
+        }
+    }
+}
+
+/// A row of the table: nanoseconds per frame of steps that took so many ticks and held `frames` each.
+fn print(name: &str, per_ns: f64, mut samples: Vec<u64>, frames: usize) {
+    samples.sort_unstable();
+    let at =
+        |percent: usize| samples.get(samples.len() * percent / 100).map_or(0.0, |&t| t as f64 / per_ns / frames as f64);
+    println!("{name:<32} {:>7.1} {:>7.1}", at(2), at(50));
 }

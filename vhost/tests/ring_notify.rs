@@ -212,12 +212,15 @@ fn sleepers_are_woken_when_their_ring_changes() {
 }
 
 /// Two PMD threads send into one ring at once: every accepted frame arrives, once and whole.
+///
+/// A lane goes on until so many of its frames were accepted, not offered: while the kernel keeps the driver or the lane that holds the ring
+/// off its core, the other one is refused as often as it tries.
 #[test]
 fn lanes_share_a_ring() {
     use ferry_dataplane::counters::DropReason;
     use ferry_dataplane::frame::{Body, TxFrame};
     use ferry_dataplane::port::{TxPort, TxReport};
-    const FRAMES: u32 = 60_000;
+    const FRAMES: usize = 10_000;
     for packed in [0, feature::RING_PACKED] {
         let features = feature::VERSION_1 | feature::MRG_RXBUF | packed;
         let (switch, mut rx, _map) = setup(0, features, 256);
@@ -230,7 +233,7 @@ fn lanes_share_a_ring() {
                     let mut report = TxReport::default();
                     let mut next = 0u32;
                     let mut accepted = Vec::new();
-                    while next < FRAMES {
+                    while accepted.len() < FRAMES {
                         let heads: Vec<[u8; 40]> = (next..next + 16)
                             .map(|n| {
                                 let mut h = [lane as u8; 40];
@@ -292,7 +295,6 @@ fn lanes_share_a_ring() {
         }
         for (lane, thread) in lanes.into_iter().enumerate() {
             let accepted = thread.join().unwrap();
-            assert!(!accepted.is_empty());
             assert!(accepted == got[lane], "lane {lane}: accepted and arrived differ");
         }
     }

@@ -1,9 +1,11 @@
 //! Ports without a far end, for measuring the packet path itself: the receive side lends the same frames again and
 //! again, the transmit side copies them into a private buffer, as a real port would, and forgets them.
 #![allow(unsafe_code)] // Its job: lending private buffers to a burst and copying from them.
+pub mod tcp;
+
 use std::cell::UnsafeCell;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::bridge::fdb::Fdb;
 use crate::bridge::vlan::{VlanMode, VlanPolicy};
@@ -35,21 +37,59 @@ impl Kinds for SyntheticKinds {
     type Tx = SyntheticTx;
 }
 
-/// Lends `BURST` frames per poll, going round.
-pub struct SyntheticRx {
-    frames: Vec<Vec<u8>>,
-    next: usize,
+/// Lends frames that nobody else has.
+pub enum SyntheticRx {
+    /// `BURST` frames per poll, going round.
+    Round {
+        /// The frames.
+        frames: Vec<Vec<u8>>,
+        /// Where it goes on.
+        next: usize,
+    },
+    /// What a script says, at every poll.
+    Script(Arc<Script>),
+}
+
+/// What a port receives at the next poll, and the ones after it.
+#[derive(Default)]
+pub struct Script(UnsafeCell<Vec<Vec<u8>>>);
+// SAFETY: whoever writes the script owns the worker that reads it, and does one at a time.
+unsafe impl Sync for Script {}
+// SAFETY: it owns plain bytes.
+unsafe impl Send for Script {}
+
+impl Script {
+    /// To be called between the steps of the worker that owns the queue, by its owner.
+    fn write(&self, frames: impl Iterator<Item = Vec<u8>>) {
+        // SAFETY: see `Sync`: nobody reads, and bursts have ended.
+        let script = unsafe { &mut *self.0.get() };
+        script.clear();
+        script.extend(frames.take(BURST));
+    }
+}
+
+fn lend(frame: &[u8], burst: &mut RxBurst) {
+    let mark = burst.segment_mark();
+    // SAFETY: the frames are neither changed nor dropped before the burst ends: rounds never, scripts between two steps.
+    unsafe { burst.push_segment(frame.as_ptr(), frame.len() as u32) };
+    burst.finish_frame(mark, Offload::default());
 }
 
 impl RxQueue for SyntheticRx {
     fn receive(&mut self, _guard: &Guard, burst: &mut RxBurst) {
-        while !burst.is_full() {
-            let Some(frame) = self.frames.get(self.next) else { return };
-            self.next = if self.next + 1 == self.frames.len() { 0 } else { self.next + 1 };
-            let mark = burst.segment_mark();
-            // SAFETY: the frames are never changed or dropped while the queue lives, and bursts do not outlive the worker that owns it.
-            unsafe { burst.push_segment(frame.as_ptr(), frame.len() as u32) };
-            burst.finish_frame(mark, Offload::default());
+        match self {
+            Self::Round { frames, next } => {
+                while !burst.is_full() {
+                    let Some(frame) = frames.get(*next) else { return };
+                    *next = if *next + 1 == frames.len() { 0 } else { *next + 1 };
+                    lend(frame, burst);
+                }
+            }
+            Self::Script(script) => {
+                // SAFETY: see `Sync`: nobody writes during a step.
+                let frames = unsafe { &*script.0.get() };
+                frames.iter().for_each(|frame| lend(frame, burst));
+            }
         }
     }
     fn release(&mut self, _guard: &Guard) {}
@@ -60,7 +100,11 @@ impl RxQueue for SyntheticRx {
     fn set_waker(&mut self, _waker: Arc<dyn Wake>) {}
 }
 
-struct Sink(UnsafeCell<Vec<u8>>);
+struct Sink {
+    bytes: UnsafeCell<Vec<u8>>,
+    /// Frames taken.
+    taken: AtomicU64,
+}
 // SAFETY: a synthetic switch has one worker, so one thread at a time sends.
 unsafe impl Sync for Sink {}
 // SAFETY: it owns plain bytes.
@@ -69,6 +113,17 @@ unsafe impl Send for Sink {}
 /// Copies what it is given and forgets it.
 #[derive(Clone)]
 pub struct SyntheticTx(Arc<Sink>);
+
+impl SyntheticTx {
+    fn new() -> Self {
+        Self(Arc::new(Sink { bytes: UnsafeCell::new(vec![0; BURST * SLOT_BYTES]), taken: AtomicU64::new(0) }))
+    }
+
+    /// Frames it has been given.
+    fn taken(&self) -> u64 {
+        self.0.taken.load(Relaxed)
+    }
+}
 
 /// Room for a jumbo frame; an odd number of cache lines, so that slots do not fall into the same cache sets.
 const SLOT_BYTES: usize = 149 * 64;
@@ -79,13 +134,14 @@ impl TxPort for SyntheticTx {
     }
     fn send(&self, _guard: &Guard, _lane: usize, frames: &[TxFrame<'_>], report: &mut TxReport) {
         // SAFETY: see `Sink`.
-        let sink = unsafe { &mut *self.0.0.get() };
+        let sink = unsafe { &mut *self.0.bytes.get() };
         for (i, (frame, slot)) in frames.iter().zip(sink.chunks_exact_mut(SLOT_BYTES)).enumerate() {
             let Some((head, rest)) = slot.split_at_mut_checked(frame.head.len()) else { continue };
             head.copy_from_slice(frame.head);
             frame.body.read(rest);
             report.accept(i);
         }
+        self.0.taken.store(self.taken() + frames.len() as u64, Relaxed);
     }
     fn flush(&self, _guard: &Guard, _lane: usize) {}
 }
@@ -135,18 +191,34 @@ fn ethernet(pair: u64, ethertype: [u8; 2]) -> Vec<u8> {
     mac(TARGET | pair).chain(mac(SOURCE | pair)).chain(ethertype).collect()
 }
 
-/// Flow n: from 10.x.y.z, one port for each 64 k addresses. The UDP checksum is not used, as RFC 768 allows.
-fn udp(n: u32, frame_bytes: usize) -> Vec<u8> {
-    let mut f = ethernet(0, [8, 0]);
-    let ip_len = (frame_bytes.max(46) - 14) as u16;
-    let [_, x, y, z] = n.to_be_bytes();
-    let [a, b] = ip_len.to_be_bytes();
-    let mut ip = vec![0x45, 0, a, b, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, x, y, z, 10, 255, 255, 254];
+/// The other way round.
+fn ethernet_back(pair: u64, ethertype: [u8; 2]) -> Vec<u8> {
+    let mut f = ethernet(pair, ethertype);
+    if let Some(macs) = f.get_mut(..12) {
+        macs.rotate_left(6);
+    }
+    f
+}
+
+/// A header for `l4_len` bytes.
+fn ipv4(src: [u8; 4], dst: [u8; 4], proto: u8, l4_len: u16) -> Vec<u8> {
+    let [a, b] = (20 + l4_len).to_be_bytes();
+    let mut ip = vec![0x45, 0, a, b, 0, 0, 0x40, 0, 64, proto, 0, 0];
+    ip.extend(src);
+    ip.extend(dst);
     if let Ok(mut header) = crate::packet::ipv4::Ipv4Mut::new(&mut ip) {
         header.fill_checksum();
     }
-    f.extend(ip);
-    let [a, b] = (ip_len - 20).to_be_bytes();
+    ip
+}
+
+/// Flow n: from 10.x.y.z, one port for each 64 k addresses. The UDP checksum is not used, as RFC 768 allows.
+fn udp(n: u32, frame_bytes: usize) -> Vec<u8> {
+    let mut f = ethernet(0, [8, 0]);
+    let l4_len = (frame_bytes.max(46) - 34) as u16;
+    let [_, x, y, z] = n.to_be_bytes();
+    f.extend(ipv4([10, x, y, z], [10, 255, 255, 254], 17, l4_len));
+    let [a, b] = l4_len.to_be_bytes();
     f.extend([0x13, 0x88, 0, 53, a, b, 0, 0]);
     f.resize(frame_bytes.max(46), 0x5a);
     f
@@ -170,12 +242,14 @@ fn port_firewall(id: VmId, load: &FirewallLoad) -> Option<PortFirewall> {
         })
     };
     let mut rules = (0..load.rules).map(rule).collect::<Option<Vec<_>>>()?;
-    rules.push(Rule {
-        protocol: Protocol::UDP,
-        ports: vec![PortRange::single(53)],
-        remote_cidr: Some("10.0.0.0/8".parse().ok()?),
-        ..Rule::allow(Direction::Ingress)
-    });
+    for (protocol, port) in [(Protocol::UDP, 53), (Protocol::TCP, tcp::SERVER_PORT)] {
+        rules.push(Rule {
+            protocol,
+            ports: vec![PortRange::single(port)],
+            remote_cidr: Some("10.0.0.0/8".parse().ok()?),
+            ..Rule::allow(Direction::Ingress)
+        });
+    }
     let mut document = PolicyDocument::default();
     document.security_groups.insert("group".into(), SecurityGroup { rules, ..SecurityGroup::default() });
     let mut policy = PortPolicy { security_groups: vec!["group".into()], ..PortPolicy::default() };
@@ -209,6 +283,18 @@ fn worker(
     firewalls: [Option<PortFirewall>; 2],
     clock: Clock,
 ) -> Option<Worker<SyntheticKinds>> {
+    let rx = SyntheticRx::Round { frames, next: 0 };
+    switch([Some(rx), None], stations, firewalls, clock).map(|(worker, _)| worker)
+}
+
+/// A worker that polls `rx` of ports 0 and 1, and what the two send to.
+fn switch(
+    rx: [Option<SyntheticRx>; 2],
+    stations: u64,
+    firewalls: [Option<PortFirewall>; 2],
+    clock: Clock,
+) -> Option<(Worker<SyntheticKinds>, [SyntheticTx; 2])> {
+    let txs = [(); 2].map(|()| SyntheticTx::new());
     let fdb = Arc::new(Fdb::new((stations * 4).try_into().ok()?, 300));
     for n in 0..stations {
         fdb.learn(0, MacAddr::from_u64(TARGET | n), 1, u32::MAX, 0);
@@ -217,7 +303,7 @@ fn worker(
     let guarded = firewalls.iter().any(Option::is_some);
     let vms = firewalls.iter().flatten().map(|f| Arc::clone(&f.vm)).collect();
     let bridge = Arc::new(BridgeEntry { id: 0, fdb, members: vec![0, 1], guarded });
-    let port = |id, firewall| {
+    let port = |id: u16, firewall| {
         Some(Arc::new(PortEntry {
             id,
             bridge: Some(Arc::clone(&bridge)),
@@ -227,7 +313,7 @@ fn worker(
             max_frame_bytes: 0,
             firewall,
             divert: None,
-            tx: SyntheticTx(Arc::new(Sink(UnsafeCell::new(vec![0; BURST * SLOT_BYTES])))),
+            tx: txs.get(usize::from(id))?.clone(),
             tx_ledgers: Arc::new(core::array::from_fn(|_| TxLedger::default())),
         }))
     };
@@ -238,10 +324,12 @@ fn worker(
         vms,
     };
     let (outbox, inbox) = mailbox(NapSleeper::default().waker());
-    let rx = SyntheticRx { frames, next: 0 };
-    outbox.send(Command::Add(Box::new(PolledQueue { rx, port: 0, queue: 0, ledger: Arc::new(RxLedger::default()) })));
+    for (port, rx) in (0..).zip(rx) {
+        let Some(rx) = rx else { continue };
+        outbox.send(Command::Add(Box::new(PolledQueue { rx, port, queue: 0, ledger: Arc::new(RxLedger::default()) })));
+    }
     let domain = Domain::new();
-    Some(Worker::new(Parts {
+    let worker = Worker::new(Parts {
         guard: domain.register()?,
         forwarding: Arc::new(Published::new(Box::new(forwarding))),
         inbox,
@@ -250,5 +338,6 @@ fn worker(
         idle: Arc::new(IdleTuning::new(0, 0)),
         counters: Arc::new(PmdCounters::default()),
         events: Arc::default(),
-    }))
+    });
+    Some((worker, txs))
 }
