@@ -12,8 +12,9 @@ use crate::counters::DropReason;
 pub const BURST: usize = 64;
 /// Private copy of a frame's beginning: enough for Ethernet + two tags + IPv6 with extension headers + TCP options.
 pub const SNAPSHOT_BYTES: usize = 256;
-/// Bytes copied eagerly per frame; [`RxBurst::extend_snapshot`] fetches the rest for the rare deep header.
-pub const SNAPSHOT_EAGER_BYTES: usize = 128;
+/// Bytes copied eagerly per frame; [`RxBurst::extend_snapshot`] fetches the rest for the rare deep header. With a virtio-net header of 12
+/// bytes before them, two cache lines.
+pub const SNAPSHOT_EAGER_BYTES: usize = 116;
 /// Segments that all frames of a burst may have together.
 pub const BURST_SEGMENTS: usize = 4096;
 /// Longest frame handled: 64 KiB of TSO payload plus headers and tags.
@@ -67,6 +68,7 @@ pub enum Gso {
 /// Checksum and segmentation work that a frame carries along, in the terms of `virtio_net_hdr`
 /// (virtio 1.3, 5.1.6), whatever kind of port it came from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(4))]
 pub struct Offload {
     /// The L4 checksum field holds only the pseudo-header sum: someone must finish it (NEEDS_CSUM).
     pub needs_csum: bool,
@@ -88,6 +90,7 @@ pub struct Offload {
 
 /// What the burst knows about one frame.
 #[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(8))]
 pub struct FrameMeta {
     /// Frame length in bytes, without any virtio-net header.
     pub len: u32,
@@ -95,10 +98,10 @@ pub struct FrameMeta {
     pub first_segment: u16,
     /// Number of segments.
     pub segments: u16,
-    /// Valid bytes in the snapshot.
-    pub snapshot_len: u16,
     /// Work owed.
     pub offload: Offload,
+    /// Valid bytes in the snapshot.
+    pub snapshot_len: u16,
 }
 
 /// Private header copy; its own cache lines.
@@ -111,9 +114,11 @@ static NOTHING: [u8; SNAPSHOT_BYTES] = [0; SNAPSHOT_BYTES];
 /// A burst of received frames. Allocated once per PMD thread and reused.
 pub struct RxBurst {
     meta: Box<[FrameMeta; BURST]>,
-    snapshots: Box<[Snapshot]>,
+    snapshots: Box<[Snapshot; BURST]>,
     segments: Vec<Segment>,
     len: usize,
+    /// Some frames have no snapshot yet.
+    unread: bool,
     /// Frames the port refused before they became frames (malformed descriptors ...), by reason.
     rejected: [u32; DropReason::COUNT],
     any_rejected: bool,
@@ -132,9 +137,10 @@ impl RxBurst {
     pub fn new() -> Self {
         Self {
             meta: Box::new([FrameMeta::default(); BURST]),
-            snapshots: vec![Snapshot([0; SNAPSHOT_BYTES]); BURST].into_boxed_slice(),
+            snapshots: Box::new([const { Snapshot([0; SNAPSHOT_BYTES]) }; BURST]),
             segments: Vec::with_capacity(BURST_SEGMENTS),
             len: 0,
+            unread: false,
             rejected: [0; DropReason::COUNT],
             any_rejected: false,
             private: Vec::new(),
@@ -145,6 +151,7 @@ impl RxBurst {
     #[inline]
     pub fn clear(&mut self) {
         self.len = 0;
+        self.unread = false;
         self.segments.clear();
         if self.any_rejected {
             self.rejected = [0; DropReason::COUNT];
@@ -166,6 +173,11 @@ impl RxBurst {
     #[inline]
     pub fn is_full(&self) -> bool {
         self.len >= BURST
+    }
+    /// How many more frames of one piece fit.
+    #[inline]
+    pub fn room(&self) -> usize {
+        (BURST - self.len.min(BURST)).min(self.segment_room())
     }
     /// How many more segments fit; a receive queue stops before a chain that might not.
     #[inline]
@@ -226,21 +238,43 @@ impl RxBurst {
         };
         *meta = FrameMeta { len, first_segment: mark as u16, segments: count as u16, snapshot_len: 0, offload };
         self.len += 1;
+        self.unread = true;
         true
     }
 
-    /// Adds a frame that is one piece of `len` > 0 bytes. False, and nothing was added, when the burst is full.
+    /// Adds a frame that is one piece of `len` > 0 bytes and owes nothing, and takes its snapshot. False, and nothing was added, when the
+    /// burst is full.
     ///
     /// # Safety
     /// As [`Self::push_segment`].
     #[inline(always)]
-    pub unsafe fn push_frame(&mut self, addr: *const u8, len: u32, offload: Offload) -> bool {
+    pub unsafe fn push_frame(&mut self, addr: *const u8, len: u32) -> bool {
         let first = self.segments.len();
-        let Some(meta) = self.meta.get_mut(self.len).filter(|_| first < BURST_SEGMENTS) else { return false };
+        let (Some(meta), Some(snapshot)) = (self.meta.get_mut(self.len), self.snapshots.get_mut(self.len)) else {
+            return false;
+        };
+        if first >= BURST_SEGMENTS {
+            return false;
+        }
+        let eager = (len as usize).min(SNAPSHOT_EAGER_BYTES);
+        // SAFETY: the frame has as many bytes, mapped by the caller's promise, and the snapshot has room; port memory is not private memory.
+        unsafe { copy(snapshot.0.as_mut_ptr(), addr, eager) };
         self.segments.push(Segment { addr, len });
-        *meta = FrameMeta { len, first_segment: first as u16, segments: 1, snapshot_len: 0, offload };
+        meta.len = len;
+        meta.first_segment = first as u16;
+        meta.segments = 1;
+        meta.snapshot_len = eager as u16;
+        meta.offload = Offload::default();
         self.len += 1;
         true
+    }
+
+    /// The last frame owes this.
+    #[inline]
+    pub fn owe(&mut self, offload: Offload) {
+        if let Some(meta) = self.len.checked_sub(1).and_then(|last| self.meta.get_mut(last)) {
+            meta.offload = offload;
+        }
     }
 
     /// Counts a frame that the port had to refuse before it could be handed over. It counts as received and dropped.
@@ -258,9 +292,17 @@ impl RxBurst {
         self.any_rejected.then_some(&self.rejected)
     }
 
-    /// Takes the private header copy of every frame; header lines are prefetched a few frames ahead.
+    /// Takes the private header copy of every frame that has none; header lines are prefetched a few frames ahead.
+    #[inline]
     pub fn take_snapshots(&mut self) {
+        if self.unread {
+            self.take_missing_snapshots();
+        }
+    }
+
+    fn take_missing_snapshots(&mut self) {
         const AHEAD: usize = 8;
+        self.unread = false;
         for i in 0..self.len.min(AHEAD) {
             self.prefetch(i);
         }
@@ -357,6 +399,20 @@ impl RxBurst {
             (Some(meta), Some(snapshot)) if i < self.len => Some((&snapshot.0, meta)),
             _ => None,
         }
+    }
+
+    /// Frame `i`'s facts, its snapshot, and the bytes behind that.
+    #[inline(always)]
+    pub fn parts(&self, i: usize) -> Option<(&FrameMeta, &[u8], Body<'_>)> {
+        let (meta, snapshot) = (self.meta.get(i)?, self.snapshots.get(i)?);
+        let head = snapshot.0.get(..usize::from(meta.snapshot_len)).filter(|_| i < self.len)?;
+        let skip = u32::from(meta.snapshot_len);
+        if skip == meta.len {
+            return Some((meta, head, Body::EMPTY));
+        }
+        let first = usize::from(meta.first_segment);
+        let segments = self.segments.get(first..first + usize::from(meta.segments))?;
+        Some((meta, head, Body { segments, skip, len: meta.len.saturating_sub(skip) }))
     }
 
     /// The bytes of frame `i` from `skip` on, in port memory.

@@ -222,22 +222,30 @@ impl Sender {
         caps: &TxCapabilities,
     ) -> bool {
         let mut frames = ArrayVec::<TxFrame<'_>, BURST>::new();
-        let mut numbers = ArrayVec::<u8, BURST>::new();
+        let (mut chosen, mut bytes) = (0u64, 0u64);
         for &(i, action) in items {
-            let Some(meta) = burst.meta(usize::from(i)) else { return false };
+            let Some((meta, head, body)) = burst.parts(usize::from(i)) else { return false };
             if action != VlanAction::Keep || !is_plain(meta, caps) || too_long(meta.len, caps) {
                 return false;
             }
-            let head = burst.snapshot(usize::from(i));
             let flow_hash = if caps.multiqueue { packet::flow_hash(head) } else { 0 };
-            let body = burst.body(usize::from(i), head.len() as u32);
-            if frames.try_push(TxFrame { head, body, offload: meta.offload, flow_hash }).is_err()
-                || numbers.try_push(i).is_err()
-            {
+            if frames.try_push(TxFrame { head, body, offload: meta.offload, flow_hash }).is_err() {
                 return false;
             }
+            chosen |= 1 << (i & 63);
+            bytes += u64::from(meta.len);
         }
-        transmit((&mut self.delivered, &mut self.reasons, &mut self.report), guard, port, ledger, &frames, &numbers);
+        self.report.reset(DropReason::TxNotReady);
+        port.send(guard, &frames, &mut self.report);
+        if self.report.accepted.count_ones() as usize == frames.len() {
+            // The usual case.
+            self.delivered |= chosen;
+            ledger.frames.add(frames.len() as u64);
+            ledger.bytes.add(bytes);
+        } else {
+            let numbers = items.iter().map(|&(i, _)| i);
+            settle(&mut self.delivered, &mut self.reasons, &self.report, ledger, &frames, numbers);
+        }
         true
     }
 
@@ -466,8 +474,21 @@ fn transmit<T: TxPort>(
     let (delivered, reasons, report) = verdicts;
     report.reset(DropReason::TxNotReady);
     port.send(guard, frames, report);
+    settle(delivered, reasons, report, ledger, frames, numbers.iter().copied());
+}
+
+/// Counts what a port said about frames, of which `numbers` are the places in the burst.
+#[inline]
+fn settle(
+    delivered: &mut u64,
+    reasons: &mut [DropReason; BURST],
+    report: &TxReport,
+    ledger: &TxLedger,
+    frames: &[TxFrame<'_>],
+    numbers: impl Iterator<Item = u8>,
+) {
     let (mut sent, mut bytes, mut arrived) = (0u64, 0u64, 0u64);
-    for (k, (&i, frame)) in numbers.iter().zip(frames).enumerate() {
+    for (k, (i, frame)) in numbers.zip(frames).enumerate() {
         if report.accepted >> k & 1 == 1 {
             arrived |= 1 << (i & 63);
             sent += 1;

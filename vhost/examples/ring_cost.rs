@@ -1,7 +1,7 @@
 //! What the rings themselves cost: time-stamp-counter cycles per frame for receive, snapshot, send and release, with guest
 //! and switch on one core and everything in its caches. Cache misses between cores come on top and are not measured here.
 //!
-//!     cargo run --release -p ferry-vhost --example ring_cost
+//!     cargo run --release -p ferry-vhost --example ring_cost [RING [BYTES]]
 #[path = "../tests/support/mod.rs"]
 mod support;
 
@@ -43,6 +43,10 @@ fn main() {
         ("packed, dirty log", feature::RING_PACKED, true),
     ] {
         for len in [60usize, 508, 1514] {
+            let mut wanted = std::env::args().skip(1);
+            if wanted.next().is_some_and(|w| w != name) || wanted.next().is_some_and(|w| w != len.to_string()) {
+                continue;
+            }
             let features = features | feature::VERSION_1 | feature::MRG_RXBUF;
             let mem = GuestMem::new(0x10_0000, 1, 8 << 20);
             let map = mem.memory_map();

@@ -77,6 +77,12 @@ pub struct RawHeader {
 }
 
 impl RawHeader {
+    /// Neither checksum nor segmentation is owed.
+    #[inline(always)]
+    pub fn owes_nothing(self) -> bool {
+        // NEEDS_CSUM in the first byte, any gso_type in the second.
+        self.low & (u64::from(FLAG_NEEDS_CSUM) | 0xff00) == 0
+    }
     /// From the bytes in guest memory.
     pub fn from_bytes(bytes: [u8; MAX_HEADER_BYTES]) -> Self {
         let [a, b, c, d, e, f, g, h, i, j, k, l] = bytes;
@@ -97,8 +103,7 @@ impl RawHeader {
 /// offered (UFO, UDP_L4). Flags that are not meant for this direction are ignored, as 5.1.6.2.2 demands for unknown ones.
 #[inline]
 pub fn decode(raw: RawHeader, features: u64) -> Result<Offload, DropReason> {
-    // NEEDS_CSUM in the first byte, any gso_type in the second.
-    if raw.low & (u64::from(FLAG_NEEDS_CSUM) | 0xff00) == 0 {
+    if raw.owes_nothing() {
         return Ok(Offload::default());
     }
     decode_work(raw, features)

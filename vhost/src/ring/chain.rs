@@ -4,7 +4,8 @@ use core::ptr::read_volatile;
 
 use ferry_dataplane::counters::DropReason;
 
-use super::{Core, Fault, FaultKind, Sink};
+use super::stage::One;
+use super::{Chain, Core, Fault, FaultKind, Sink};
 
 /// Buffer continues in the next descriptor (VIRTQ_DESC_F_NEXT).
 pub(super) const NEXT: u16 = 1;
@@ -190,18 +191,35 @@ pub(super) fn prefetch_write(at: *const u8) {
     let _ = at;
 }
 
+/// A descriptor that is a chain of one buffer, in one piece of memory and of the right direction; its beginning is prefetched.
+#[inline(always)]
+pub(super) fn one<S: Sink>(core: &mut Core, words: Words, flags: u16, chain: Chain) -> Option<One> {
+    let direction = if S::WRITABLE { WRITE } else { 0 };
+    let len = words.len();
+    if flags & (NEXT | INDIRECT | WRITE) != direction || len == 0 {
+        return None;
+    }
+    let addr = core.cursor.translate(words.addr(), len)?.as_ptr();
+    prefetch_lines::<S>(addr, len);
+    Some(One { chain, addr, gpa: words.addr(), len })
+}
+
 /// Prefetches the beginning of a buffer: virtio-net header and first packet headers, or where they will be written.
 #[inline(always)]
 pub(super) fn prefetch_buffer<S: Sink>(core: &mut Core, addr: u64, len: u32) {
-    const LINE: u32 = 64;
     if len == 0 {
         return;
     }
     let Some(p) = core.cursor.translate(addr, 1) else { return };
-    let p = p.as_ptr();
+    prefetch_lines::<S>(p.as_ptr(), len);
+}
+
+#[inline(always)]
+fn prefetch_lines<S: Sink>(at: *const u8, len: u32) {
+    const LINE: u32 = 64;
     let fetch = if S::WRITABLE { prefetch_write } else { prefetch_read };
-    fetch(p);
+    fetch(at);
     if len > LINE {
-        fetch(p.wrapping_add(LINE as usize));
+        fetch(at.wrapping_add(LINE as usize));
     }
 }

@@ -16,6 +16,7 @@
 //! |---|---|
 //! | `split`, `packed` | one ring format each: finding chains, returning them, suppression of notifications |
 //! | `chain` | descriptors into mapped pieces, with the checks common to both formats |
+//! | `stage` | chains of one buffer, made ready ahead of their use |
 //! | `receive` | chains of the guest's transmit queue into frames |
 //! | `transmit` | frames into chains of the guest's receive queue |
 #![allow(unsafe_code)] // Its job here: vouching for the ring areas that the formats are built on.
@@ -23,6 +24,7 @@ mod chain;
 mod packed;
 mod receive;
 mod split;
+mod stage;
 mod transmit;
 
 use std::fmt;
@@ -41,6 +43,7 @@ use crate::net_header::{feature, header_len};
 use packed::Packed;
 use receive::Pending;
 use split::Split;
+use stage::One;
 use transmit::Scratch;
 
 /// Largest ring (virtio 1.3, 2.7 and 2.8.10.1: "maximum queue size is 32768").
@@ -262,17 +265,6 @@ pub(crate) struct Chain {
     slots: u16,
 }
 
-/// A chain of one buffer.
-#[derive(Clone, Copy)]
-pub(crate) struct One {
-    chain: Chain,
-    /// Where it is mapped, and its guest address.
-    addr: *mut u8,
-    gpa: u64,
-    /// Bytes, not 0.
-    len: u32,
-}
-
 /// A chain that was found: `Ok` when all its pieces went to the sink, or why it has to go back unused.
 pub(crate) type Found = (Chain, Result<(), DropReason>);
 
@@ -297,15 +289,15 @@ pub(crate) trait Format {
     /// Looks at the chain at `at`, gives its pieces to `sink` and moves `at` behind it. `None`: nothing available.
     fn peek<S: Sink>(&mut self, core: &mut Core, at: &mut Self::Position, sink: &mut S)
     -> Result<Option<Found>, Fault>;
-    /// The chain at `at`, if it is known to be available and nothing but one buffer in one piece of memory, of the direction asked for;
-    /// moves `at` behind it. `None` says nothing: [`Self::peek`] finds out.
-    #[inline(always)]
-    fn peek_one(&mut self, core: &mut Core, at: &mut Self::Position, writable: bool) -> Option<One> {
-        let _ = (core, at, writable);
-        None
-    }
-    /// Fetches into the cache what the next `count` chains need first. Reads nothing that matters.
-    fn prefetch<S: Sink>(&mut self, core: &mut Core, count: u16);
+    /// Makes the next `count` chains ready, as far as each has but one buffer in one piece of memory, and fetches into the cache what they and
+    /// others need first. Takes nothing, and reports nothing: what is wrong is found by [`Self::peek`].
+    fn stage<S: Sink>(&mut self, core: &mut Core, count: u16);
+    /// The next chains that were staged.
+    fn staged(&self) -> &[One];
+    /// Takes the first `chains` of them.
+    fn take_staged(&mut self, chains: u16);
+    /// Takes the first of them and enters them into the used ring; `lens`: bytes written into each.
+    fn use_staged(&mut self, core: &mut Core, lens: &[u32]);
     /// Enters a chain into the used ring, not yet visible. `len`: bytes written into it.
     fn put_used(&mut self, core: &mut Core, chain: Chain, len: u32);
     /// Makes the entries visible to the guest and logs all writes of the burst. True when the guest wants to be notified.

@@ -7,6 +7,7 @@ use ferry_dataplane::counters::DropReason;
 
 use super::chain::{self, INDIRECT, NEXT, Table, WRITE, Words};
 use super::split::need_event;
+use super::stage::{One, Stage};
 use super::{Chain, Core, Fault, FaultKind, Format, Found, Sink};
 
 /// VIRTQ_DESC_F_AVAIL and VIRTQ_DESC_F_USED (2.8.1).
@@ -57,13 +58,19 @@ impl Position {
     }
 }
 
-pub(crate) struct Packed {
+/// Where the descriptors lie.
+#[derive(Clone, Copy)]
+struct Descriptors {
     desc: *mut u8,
+    size: u16,
+}
+
+pub(crate) struct Packed {
+    ring: Descriptors,
     /// The driver's wish for notifications (2.8.4), written by the driver.
     driver_event: *const u8,
     /// The device's wish, written here.
     device_event: *mut u8,
-    size: u16,
     next_avail: Position,
     /// Next used descriptor goes here, including ones not yet published.
     next_used: Position,
@@ -71,37 +78,14 @@ pub(crate) struct Packed {
     published: Position,
     /// Flags of the first used descriptor of the batch: written last, so that the driver sees all or nothing of it.
     first_flags: u16,
-    /// Slots behind `next_avail` that were prefetched.
-    prefetched: u16,
+    /// Chains from `next_avail` on, a slot each.
+    stage: Stage,
 }
 
 // SAFETY: the pointers belong to a mapping that the owning Ring keeps alive, and only its current owner uses them.
 unsafe impl Send for Packed {}
 
-impl Packed {
-    /// # Safety
-    /// The areas are mapped as long as the value lives, and aligned: `desc` 16 bytes for each of `size` descriptors, the
-    /// two event suppression structures 4 bytes each. `position` is inside the ring.
-    pub(super) unsafe fn new(
-        desc: *mut u8,
-        driver_event: *const u8,
-        device_event: *mut u8,
-        size: u16,
-        position: Position,
-    ) -> Self {
-        Self {
-            desc,
-            driver_event,
-            device_event,
-            size,
-            next_avail: position,
-            next_used: position,
-            published: position,
-            first_flags: 0,
-            prefetched: 0,
-        }
-    }
-
+impl Descriptors {
     #[inline(always)]
     fn desc_ptr(&self, index: u16) -> *mut u8 {
         debug_assert!(index < self.size);
@@ -127,6 +111,40 @@ impl Packed {
             return None;
         }
         Some(Words(u64::from_le(word(0).load(Ordering::Relaxed)), second))
+    }
+
+    /// Fetches the beginnings of the buffers of `count` descriptors, as far as they are available, from `at` on.
+    #[inline(never)]
+    fn prefetch<S: Sink>(self, core: &mut Core, mut at: Position, count: u16) {
+        for _ in 0..count {
+            let Some(words) = self.available(at) else { return };
+            chain::prefetch_buffer::<S>(core, words.addr(), words.len());
+            at = at.add(1, self.size);
+        }
+    }
+}
+
+impl Packed {
+    /// # Safety
+    /// The areas are mapped as long as the value lives, and aligned: `desc` 16 bytes for each of `size` descriptors, the
+    /// two event suppression structures 4 bytes each. `position` is inside the ring.
+    pub(super) unsafe fn new(
+        desc: *mut u8,
+        driver_event: *const u8,
+        device_event: *mut u8,
+        size: u16,
+        position: Position,
+    ) -> Self {
+        Self {
+            ring: Descriptors { desc, size },
+            driver_event,
+            device_event,
+            next_avail: position,
+            next_used: position,
+            published: position,
+            first_flags: 0,
+            stage: Stage::new(),
+        }
     }
 
     /// Follows the rest of a chain: to the end even when a frame is refused on the way, because only the last descriptor
@@ -156,10 +174,10 @@ impl Packed {
             }
             slots += 1;
             core.followed += 1;
-            place = place.add(1, self.size);
+            place = place.add(1, self.ring.size);
             // 2.8.8: the driver writes the head's flags last, so that the whole chain is there.
             // SAFETY: place is inside the ring.
-            words = unsafe { Words::read(self.desc_ptr(place.index)) };
+            words = unsafe { Words::read(self.ring.desc_ptr(place.index)) };
         }
     }
 }
@@ -177,15 +195,15 @@ impl Format for Packed {
         let taken = if to.index >= self.next_avail.index {
             to.index - self.next_avail.index
         } else {
-            self.size - self.next_avail.index + to.index
+            self.ring.size - self.next_avail.index + to.index
         };
-        self.prefetched = self.prefetched.saturating_sub(taken);
+        self.stage.forget(taken);
         self.next_avail = to;
     }
 
     #[inline(always)]
     fn peek<S: Sink>(&mut self, core: &mut Core, at: &mut Position, sink: &mut S) -> Result<Option<Found>, Fault> {
-        let Some(words) = self.available(*at) else { return Ok(None) };
+        let Some(words) = self.ring.available(*at) else { return Ok(None) };
         let flags = words.fourth();
         let (chain, result) = if flags & (NEXT | INDIRECT) == 0 {
             let result = chain::buffer(core, words.addr(), words.len(), flags, sink);
@@ -193,25 +211,60 @@ impl Format for Packed {
         } else {
             self.walk(core, *at, words, sink)?
         };
-        *at = at.add(chain.slots, self.size);
+        *at = at.add(chain.slots, self.ring.size);
         Ok(Some((chain, result)))
     }
 
-    fn prefetch<S: Sink>(&mut self, core: &mut Core, count: u16) {
-        let count = count.min(self.size);
-        let mut at = self.next_avail.add(self.prefetched, self.size);
-        while self.prefetched < count {
-            let Some(words) = self.available(at) else { break };
-            chain::prefetch_buffer::<S>(core, words.addr(), words.len());
-            at = at.add(1, self.size);
-            self.prefetched += 1;
+    fn stage<S: Sink>(&mut self, core: &mut Core, count: u16) {
+        let have = self.stage.len();
+        let count = count.min(self.ring.size);
+        let mut at = self.next_avail.add(have, self.ring.size);
+        let ring = self.ring;
+        let mut staged = 0;
+        let mut places = self.stage.room().iter_mut();
+        for i in have..count {
+            let Some(words) = ring.available(at) else { break };
+            let chain = Chain { id: words.third(), slots: 1 };
+            match (chain::one::<S>(core, words, words.fourth(), chain), places.next()) {
+                (Some(one), Some(place)) => {
+                    *place = one;
+                    staged += 1;
+                }
+                _ => {
+                    // As in split rings; the descriptors of a longer chain alike.
+                    ring.prefetch::<S>(core, at, count - i);
+                    break;
+                }
+            }
+            at = at.add(1, ring.size);
         }
+        self.stage.add(staged);
+    }
+
+    #[inline(always)]
+    fn staged(&self) -> &[One] {
+        self.stage.chains()
+    }
+
+    #[inline(always)]
+    fn take_staged(&mut self, chains: u16) {
+        self.stage.forget(chains);
+        self.next_avail = self.next_avail.add(chains, self.ring.size);
+    }
+
+    #[inline(always)]
+    fn use_staged(&mut self, core: &mut Core, lens: &[u32]) {
+        for (i, &len) in lens.iter().enumerate() {
+            let Some(&One { chain, .. }) = self.stage.chains().get(i) else { break };
+            self.put_used(core, chain, len);
+        }
+        self.take_staged(lens.len() as u16);
     }
 
     #[inline(always)]
     fn put_used(&mut self, core: &mut Core, chain: Chain, len: u32) {
         let at = self.next_used;
-        let p = self.desc_ptr(at.index);
+        let p = self.ring.desc_ptr(at.index);
         // 2.8.1: both bits equal the wrap counter. 2.8.2: WRITE says that len counts.
         let wrap = if at.wrap { AVAIL | USED } else { 0 };
         let flags = wrap | if len > 0 { WRITE } else { 0 };
@@ -225,10 +278,10 @@ impl Format for Packed {
             self.first_flags = flags;
         } else {
             // 2.8.22: flags after the rest. The driver stops at the first descriptor, whose flags are still to come.
-            self.flags(at.index).store(flags.to_le(), Ordering::Release);
+            self.ring.flags(at.index).store(flags.to_le(), Ordering::Release);
         }
         core.log_desc(16 * u64::from(at.index) + LEN as u64, 8);
-        self.next_used = at.add(chain.slots, self.size);
+        self.next_used = at.add(chain.slots, self.ring.size);
     }
 
     fn publish(&mut self, core: &mut Core) -> bool {
@@ -240,7 +293,7 @@ impl Format for Packed {
             mirror.store(old.to_bits(), new.to_bits());
         }
         // Everything else of the batch is visible before the first flags are (2.8.22).
-        self.flags(old.index).store(self.first_flags.to_le(), Ordering::Release);
+        self.ring.flags(old.index).store(self.first_flags.to_le(), Ordering::Release);
         self.published = new;
         // 2.8.4: the driver's wish is read after the descriptors are visible; the dirty log needs the same fence.
         fence(Ordering::SeqCst);
@@ -256,10 +309,10 @@ impl Format for Packed {
                 let mut off = off_wrap & 0x7fff;
                 let mut before = old.index;
                 if new.index <= before {
-                    before = before.wrapping_sub(self.size);
+                    before = before.wrapping_sub(self.ring.size);
                 }
                 if (off_wrap & 0x8000 != 0) != new.wrap {
-                    off = off.wrapping_sub(self.size);
+                    off = off.wrapping_sub(self.ring.size);
                 }
                 need_event(off, new.index, before)
             }
@@ -283,7 +336,7 @@ impl Format for Packed {
         // The wish is visible before the ring is looked at, or a kick could be missed.
         fence(Ordering::SeqCst);
         core.log_commit();
-        self.available(self.next_avail).is_some()
+        self.ring.available(self.next_avail).is_some()
     }
 
     fn disarm(&mut self, core: &mut Core) {

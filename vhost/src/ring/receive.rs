@@ -3,7 +3,8 @@
 use ferry_dataplane::counters::DropReason;
 use ferry_dataplane::frame::{BURST, MAX_FRAME_BYTES, Offload, RxBurst};
 
-use super::{Chain, Core, Fault, Format, MAX_BURST_DESCRIPTORS, MAX_FRAME_SEGMENTS, One, Sink, VringCounters};
+use super::stage::One;
+use super::{Chain, Core, Fault, Format, MAX_BURST_DESCRIPTORS, MAX_FRAME_SEGMENTS, Sink, VringCounters};
 use crate::net_header::{self, MAX_HEADER_BYTES, RawHeader};
 
 /// Shortest frame: an Ethernet header.
@@ -28,6 +29,10 @@ impl Pending {
     #[inline]
     fn is_full(&self) -> bool {
         self.len == Self::CAPACITY
+    }
+    #[inline]
+    fn room(&self) -> usize {
+        Self::CAPACITY - self.len
     }
     #[inline]
     fn push(&mut self, chain: Chain) {
@@ -119,17 +124,15 @@ impl FrameSink<'_> {
     }
 }
 
-/// What is owed to the frame that a single buffer holds, if it holds a whole one behind its header.
+/// The header of the frame that a single buffer holds, if it holds a whole one behind its header.
 #[inline(always)]
-fn whole_frame(one: &One, core: &Core) -> Option<Offload> {
-    let header_len = core.header_len;
+fn whole_frame(one: &One, header_len: u32) -> Option<RawHeader> {
     let frame_len = one.len.checked_sub(header_len)?;
     if !(MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&frame_len) {
         return None;
     }
     // SAFETY: the buffer has `header_len` readable bytes.
-    let header = unsafe { read_header(one.addr, header_len) };
-    net_header::decode(header, core.features).ok()
+    Some(unsafe { read_header(one.addr, header_len) })
 }
 
 /// The header at `addr`, read once.
@@ -159,12 +162,32 @@ pub(super) fn receive<F: Format>(
     burst: &mut RxBurst,
     counters: &VringCounters,
 ) -> Result<(), Fault> {
-    let mut at = queue.position();
     let mut fault = None;
     let mut bad = 0;
     core.followed = 0;
-    queue.prefetch::<FrameSink<'_>>(core, BURST as u16);
-    for _ in 0..BURST {
+    queue.stage::<FrameSink<'_>>(core, BURST as u16);
+    // Frames in one buffer each, which is what most are; then whatever else there is, with care.
+    let room = burst.room().min(pending.room());
+    let header_len = core.header_len;
+    let mut whole = 0;
+    for one in queue.staged().iter().take(room) {
+        let Some(header) = whole_frame(one, header_len) else { break };
+        // Put in afterwards: passed along with every frame, it would go through memory in pieces, and be waited for.
+        let owed = if header.owes_nothing() { None } else { Some(net_header::decode(header, core.features)) };
+        if let Some(Err(_)) = owed {
+            break;
+        }
+        // SAFETY: the buffer is longer than the header, and lies in guest memory, which stays mapped until the ring is stopped, which waits
+        // until the burst is over (grace period).
+        unsafe { burst.push_frame(one.addr.add(header_len as usize), one.len - header_len) };
+        if let Some(Ok(offload)) = owed {
+            burst.owe(offload);
+        }
+        pending.push(one.chain);
+        whole += 1;
+    }
+    queue.take_staged(whole);
+    for _ in usize::from(whole)..BURST {
         if burst.is_full()
             || pending.is_full()
             || burst.segment_room() < MAX_FRAME_SEGMENTS
@@ -172,18 +195,7 @@ pub(super) fn receive<F: Format>(
         {
             break;
         }
-        if let Some(one) = queue.peek_one(core, &mut at, false) {
-            if let Some(offload) = whole_frame(&one, core) {
-                let header_len = core.header_len;
-                // SAFETY: the buffer is longer than the header, and lies in guest memory, which stays mapped until the ring is stopped,
-                // which waits until the burst is over (grace period).
-                unsafe { burst.push_frame(one.addr.add(header_len as usize), one.len - header_len, offload) };
-                pending.push(one.chain);
-                queue.advance(at);
-                continue;
-            }
-            at = queue.position();
-        }
+        let mut at = queue.position();
         let mark = burst.segment_mark();
         let mut sink = FrameSink {
             burst,
@@ -225,7 +237,7 @@ pub(super) fn receive<F: Format>(
         Some(f) => Err(f),
         None => {
             // The next burst's descriptors and headers come in while this one is worked on.
-            queue.prefetch::<FrameSink<'_>>(core, BURST as u16);
+            queue.stage::<FrameSink<'_>>(core, BURST as u16);
             Ok(())
         }
     }

@@ -5,8 +5,9 @@ use core::sync::atomic::{AtomicU16, Ordering, fence};
 
 use ferry_dataplane::counters::DropReason;
 
-use super::chain::{self, INDIRECT, NEXT, Table, WRITE, Words};
-use super::{Chain, Core, Fault, FaultKind, Format, Found, One, Sink};
+use super::chain::{self, INDIRECT, NEXT, Table, Words};
+use super::stage::{One, Stage};
+use super::{Chain, Core, Fault, FaultKind, Format, Found, Sink};
 
 /// Driver: no notifications, please (VIRTQ_AVAIL_F_NO_INTERRUPT).
 const AVAIL_NO_INTERRUPT: u16 = 1;
@@ -38,11 +39,17 @@ impl Number {
     }
 }
 
-pub(crate) struct Split {
+/// Where the ring lies.
+#[derive(Clone, Copy)]
+struct Areas {
     desc: *const u8,
     avail: *const u8,
     used: *mut u8,
     size: Number,
+}
+
+pub(crate) struct Split {
+    areas: Areas,
     /// Available index of the next chain to take.
     next_avail: Number,
     /// The driver's available index as last read: chains before it are known to be there.
@@ -51,8 +58,8 @@ pub(crate) struct Split {
     next_used: Number,
     /// Used index that the driver can see.
     published: Number,
-    /// Chains before this available index were prefetched.
-    prefetched: Number,
+    /// Chains from `next_avail` on.
+    stage: Stage,
 }
 
 // SAFETY: the pointers belong to a mapping that the owning Ring keeps alive, and only its current owner uses them.
@@ -64,30 +71,18 @@ pub(super) fn need_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
-impl Split {
-    /// Starts where the used ring stands: a device that goes in order has returned every chain before it and none after.
-    /// (A base that the frontend gives differs from it only after a crash in between; chains that were taken and never
-    /// returned are then found again instead of being lost.)
-    ///
-    /// # Safety
-    /// For a ring of `size` (a power of two), the areas are mapped as long as the value lives, and aligned: `desc` 16 bytes
-    /// per descriptor, `avail` and `used` as in 2.7, with the event fields if event index is negotiated.
-    pub(super) unsafe fn new(desc: *const u8, avail: *const u8, used: *mut u8, size: u16) -> Self {
-        let (size, none) = (Number::new(size), Number::new(0));
-        let mut q = Self {
-            desc,
-            avail,
-            used,
-            size,
-            next_avail: none,
-            avail_seen: none,
-            next_used: none,
-            published: none,
-            prefetched: none,
-        };
-        let idx = Number::new(u16::from_le(q.used_idx().load(Ordering::Relaxed)));
-        (q.next_avail, q.avail_seen, q.next_used, q.published, q.prefetched) = (idx, idx, idx, idx, idx);
-        q
+impl Areas {
+    /// Fetches the beginnings of `count` chains' first buffers, those from available index `at` on.
+    #[inline(never)]
+    fn prefetch<S: Sink>(self, core: &mut Core, at: u16, count: u16) {
+        for i in 0..count {
+            let head = self.head(at.wrapping_add(i));
+            if head < self.size.get() {
+                // SAFETY: head < size, so the descriptor lies in the table.
+                let words = unsafe { Words::read(self.desc_ptr(head)) };
+                chain::prefetch_buffer::<S>(core, words.addr(), words.len());
+            }
+        }
     }
 
     #[inline(always)]
@@ -101,21 +96,6 @@ impl Split {
         // SAFETY: as `avail_field`, for the used ring.
         unsafe { AtomicU16::from_ptr(self.used.add(offset).cast()) }
     }
-    #[inline(always)]
-    fn used_idx(&self) -> &AtomicU16 {
-        self.used_field(IDX)
-    }
-    /// The driver wants a notification when the used index passes this (2.7.10); follows the available ring's entries.
-    #[inline(always)]
-    fn used_event(&self) -> &AtomicU16 {
-        self.avail_field(RING + 2 * usize::from(self.size.get()))
-    }
-    /// The driver notifies when the available index passes this; follows the used ring's entries.
-    #[inline(always)]
-    fn avail_event_offset(&self) -> usize {
-        RING + 8 * usize::from(self.size.get())
-    }
-
     /// Number of the head descriptor at available index `at`.
     #[inline(always)]
     fn head(&self, at: u16) -> u16 {
@@ -128,18 +108,57 @@ impl Split {
         // wrapping: only ever dereferenced for index < size; prefetch takes anything.
         self.desc.wrapping_add(16 * usize::from(index))
     }
+}
+
+impl Split {
+    /// Starts where the used ring stands: a device that goes in order has returned every chain before it and none after.
+    /// (A base that the frontend gives differs from it only after a crash in between; chains that were taken and never
+    /// returned are then found again instead of being lost.)
+    ///
+    /// # Safety
+    /// For a ring of `size` (a power of two), the areas are mapped as long as the value lives, and aligned: `desc` 16 bytes
+    /// per descriptor, `avail` and `used` as in 2.7, with the event fields if event index is negotiated.
+    pub(super) unsafe fn new(desc: *const u8, avail: *const u8, used: *mut u8, size: u16) -> Self {
+        let (size, none) = (Number::new(size), Number::new(0));
+        let mut q = Self {
+            areas: Areas { desc, avail, used, size },
+            next_avail: none,
+            avail_seen: none,
+            next_used: none,
+            published: none,
+            stage: Stage::new(),
+        };
+        let idx = Number::new(u16::from_le(q.used_idx().load(Ordering::Relaxed)));
+        (q.next_avail, q.avail_seen, q.next_used, q.published) = (idx, idx, idx, idx);
+        q
+    }
+
+    #[inline(always)]
+    fn used_idx(&self) -> &AtomicU16 {
+        self.areas.used_field(IDX)
+    }
+    /// The driver wants a notification when the used index passes this (2.7.10); follows the available ring's entries.
+    #[inline(always)]
+    fn used_event(&self) -> &AtomicU16 {
+        self.areas.avail_field(RING + 2 * usize::from(self.areas.size.get()))
+    }
+    /// The driver notifies when the available index passes this; follows the used ring's entries.
+    #[inline(always)]
+    fn avail_event_offset(&self) -> usize {
+        RING + 8 * usize::from(self.areas.size.get())
+    }
 
     /// Reads the driver's available index. 2.7.13.3: acquire, so that entries and descriptors behind it are read after.
     #[inline]
     fn refresh(&mut self) -> Result<(), Fault> {
-        let idx = u16::from_le(self.avail_field(IDX).load(Ordering::Acquire));
+        let idx = u16::from_le(self.areas.avail_field(IDX).load(Ordering::Acquire));
         // More outstanding than the ring has is impossible for a driver that waits for its descriptors (2.7.13.1).
         let outstanding = idx.wrapping_sub(self.published.get());
-        if outstanding > self.size.get() {
+        if outstanding > self.areas.size.get() {
             return Err((FaultKind::AvailJump, u32::from(outstanding)));
         }
         // An index that moves backwards within the ring would make chains available twice.
-        if idx.wrapping_sub(self.next_avail.get()) > self.size.get() {
+        if idx.wrapping_sub(self.next_avail.get()) > self.areas.size.get() {
             return Err((FaultKind::AvailJump, u32::from(idx.wrapping_sub(self.next_avail.get()))));
         }
         self.avail_seen.set(idx);
@@ -176,11 +195,11 @@ impl Split {
                 return Err((FaultKind::ChainTooLong, followed));
             }
             let next = words.fourth();
-            if next >= self.size.get() {
+            if next >= self.areas.size.get() {
                 return Err((FaultKind::NextOutOfRange, u32::from(next)));
             }
             // SAFETY: next < size, so the descriptor lies in the table.
-            words = unsafe { Words::read(self.desc_ptr(next)) };
+            words = unsafe { Words::read(self.areas.desc_ptr(next)) };
         }
     }
 }
@@ -195,6 +214,7 @@ impl Format for Split {
 
     #[inline(always)]
     fn advance(&mut self, to: u16) {
+        self.stage.forget(to.wrapping_sub(self.next_avail.get()));
         self.next_avail.set(to);
     }
 
@@ -206,12 +226,12 @@ impl Format for Split {
                 return Ok(None);
             }
         }
-        let head = self.head(*at);
-        if head >= self.size.get() {
+        let head = self.areas.head(*at);
+        if head >= self.areas.size.get() {
             return Err((FaultKind::HeadOutOfRange, u32::from(head)));
         }
         // SAFETY: head < size, so the descriptor lies in the table.
-        let words = unsafe { Words::read(self.desc_ptr(head)) };
+        let words = unsafe { Words::read(self.areas.desc_ptr(head)) };
         let flags = words.third();
         let result = if flags & (NEXT | INDIRECT) == 0 {
             chain::buffer(core, words.addr(), words.len(), flags, sink)
@@ -222,55 +242,72 @@ impl Format for Split {
         Ok(Some((Chain { id: head, slots: 1 }, result)))
     }
 
-    #[inline(always)]
-    fn peek_one(&mut self, core: &mut Core, at: &mut u16, writable: bool) -> Option<One> {
-        let head = self.head(*at);
-        if *at == self.avail_seen.get() || head >= self.size.get() {
-            return None;
+    fn stage<S: Sink>(&mut self, core: &mut Core, count: u16) {
+        let have = self.stage.len();
+        if have >= count {
+            return;
         }
-        // SAFETY: head < size, so the descriptor lies in the table.
-        let words = unsafe { Words::read(self.desc_ptr(head)) };
-        let direction = if writable { WRITE } else { 0 };
-        if words.third() & (NEXT | INDIRECT | WRITE) != direction || words.len() == 0 {
-            return None;
-        }
-        let addr = core.cursor.translate(words.addr(), words.len())?.as_ptr();
-        *at = at.wrapping_add(1);
-        Some(One { chain: Chain { id: head, slots: 1 }, addr, gpa: words.addr(), len: words.len() })
-    }
-
-    fn prefetch<S: Sink>(&mut self, core: &mut Core, count: u16) {
-        if self.avail_seen.get().wrapping_sub(self.next_avail.get()) < count {
+        let next = self.next_avail.get();
+        if self.avail_seen.get().wrapping_sub(next) < count {
             // A fault found here is found again, and reported, by the next peek.
             let _ = self.refresh();
         }
-        let known = self.avail_seen.get().wrapping_sub(self.next_avail.get()).min(count);
-        let done = self.prefetched.get().wrapping_sub(self.next_avail.get());
-        // `prefetched` lags behind when chains were taken without it.
-        let from = if done <= self.size.get() { done } else { 0 };
-        if from >= known {
-            return;
+        let known = self.avail_seen.get().wrapping_sub(next).min(count);
+        for i in have..known {
+            chain::prefetch_read(self.areas.desc_ptr(self.areas.head(next.wrapping_add(i))));
         }
-        for i in from..known {
-            chain::prefetch_read(self.desc_ptr(self.head(self.next_avail.get().wrapping_add(i))));
-        }
-        for i in from..known {
-            let head = self.head(self.next_avail.get().wrapping_add(i));
-            if head < self.size.get() {
-                // SAFETY: head < size, so the descriptor lies in the table.
-                let words = unsafe { Words::read(self.desc_ptr(head)) };
-                chain::prefetch_buffer::<S>(core, words.addr(), words.len());
+        let areas = self.areas;
+        let mut staged = 0;
+        let mut places = self.stage.room().iter_mut();
+        for i in have..known {
+            let head = areas.head(next.wrapping_add(i));
+            if head >= areas.size.get() {
+                break;
+            }
+            // SAFETY: head < size, so the descriptor lies in the table.
+            let words = unsafe { Words::read(areas.desc_ptr(head)) };
+            let chain = Chain { id: head, slots: 1 };
+            match (chain::one::<S>(core, words, words.third(), chain), places.next()) {
+                (Some(one), Some(place)) => {
+                    *place = one;
+                    staged += 1;
+                }
+                _ => {
+                    // What comes behind one that is not simple has to wait, but the buffers may come already.
+                    areas.prefetch::<S>(core, next.wrapping_add(i), known - i);
+                    break;
+                }
             }
         }
-        self.prefetched.set(self.next_avail.get().wrapping_add(known));
+        self.stage.add(staged);
+    }
+
+    #[inline(always)]
+    fn staged(&self) -> &[One] {
+        self.stage.chains()
+    }
+
+    #[inline(always)]
+    fn take_staged(&mut self, chains: u16) {
+        self.stage.forget(chains);
+        self.next_avail.set(self.next_avail.get().wrapping_add(chains));
+    }
+
+    #[inline(always)]
+    fn use_staged(&mut self, core: &mut Core, lens: &[u32]) {
+        for (i, &len) in lens.iter().enumerate() {
+            let Some(&One { chain, .. }) = self.stage.chains().get(i) else { break };
+            self.put_used(core, chain, len);
+        }
+        self.take_staged(lens.len() as u16);
     }
 
     #[inline(always)]
     fn put_used(&mut self, _core: &mut Core, chain: Chain, len: u32) {
-        let slot = usize::from(self.next_used.get() & (self.size.get() - 1));
+        let slot = usize::from(self.next_used.get() & (self.areas.size.get() - 1));
         // SAFETY: the entry lies in the used ring and is 4-aligned; the driver does not read it before the index says so.
         unsafe {
-            let entry = self.used.add(RING + 8 * slot).cast::<u32>();
+            let entry = self.areas.used.add(RING + 8 * slot).cast::<u32>();
             write_volatile(entry, u32::from(chain.id).to_le());
             write_volatile(entry.add(1), len.to_le());
         }
@@ -290,8 +327,8 @@ impl Format for Split {
         fence(Ordering::SeqCst);
         if core.log.is_some() {
             let count = new.wrapping_sub(old);
-            let first = old & (self.size.get() - 1);
-            let until_wrap = count.min(self.size.get() - first);
+            let first = old & (self.areas.size.get() - 1);
+            let until_wrap = count.min(self.areas.size.get() - first);
             core.log_device((RING + 8 * usize::from(first)) as u64, 8 * u32::from(until_wrap));
             if count > until_wrap {
                 core.log_device(RING as u64, 8 * u32::from(count - until_wrap));
@@ -302,7 +339,7 @@ impl Format for Split {
         if core.event_idx {
             need_event(u16::from_le(self.used_event().load(Ordering::Relaxed)), new, old)
         } else {
-            u16::from_le(self.avail_field(FLAGS).load(Ordering::Relaxed)) & AVAIL_NO_INTERRUPT == 0
+            u16::from_le(self.areas.avail_field(FLAGS).load(Ordering::Relaxed)) & AVAIL_NO_INTERRUPT == 0
         }
     }
 
@@ -310,23 +347,23 @@ impl Format for Split {
         if core.event_idx {
             // 2.7.10: a notification when the entry at avail_event is made available.
             let offset = self.avail_event_offset();
-            self.used_field(offset).store(self.next_avail.get().to_le(), Ordering::Relaxed);
+            self.areas.used_field(offset).store(self.next_avail.get().to_le(), Ordering::Relaxed);
             core.log_device(offset as u64, 2);
         } else {
-            self.used_field(FLAGS).store(0, Ordering::Relaxed);
+            self.areas.used_field(FLAGS).store(0, Ordering::Relaxed);
             core.log_device(FLAGS as u64, 2);
         }
         // The wish is visible before the index is read, or a kick could be missed.
         fence(Ordering::SeqCst);
         core.log_commit();
-        u16::from_le(self.avail_field(IDX).load(Ordering::Acquire)) != self.next_avail.get()
+        u16::from_le(self.areas.avail_field(IDX).load(Ordering::Acquire)) != self.next_avail.get()
     }
 
     fn disarm(&mut self, core: &mut Core) {
         // 2.7.10: with event index the flags are zero, and an avail_event that stays behind asks for nothing (but for one
         // kick each time the index comes round, after 2^16 chains).
         let flags = if core.event_idx { 0 } else { USED_NO_NOTIFY };
-        let field = self.used_field(FLAGS);
+        let field = self.areas.used_field(FLAGS);
         if u16::from_le(field.load(Ordering::Relaxed)) != flags {
             field.store(flags.to_le(), Ordering::Relaxed);
             core.log_device(FLAGS as u64, 2);

@@ -3,6 +3,7 @@
 //! A frame either goes in whole or leaves the ring as it was: buffers are looked for first, and taken only when they
 //! suffice. The one exception are malformed chains, which go back to the guest unused so that they cannot block the ring.
 #![allow(unsafe_code)] // Its job: writing into guest buffers.
+use arrayvec::ArrayVec;
 use ferry_dataplane::copy::copy;
 use ferry_dataplane::counters::DropReason;
 use ferry_dataplane::frame::{BURST, TxFrame};
@@ -138,11 +139,34 @@ pub(super) fn send<F: Format>(
     report: &mut TxReport,
     counters: &VringCounters,
 ) -> (bool, Option<Fault>) {
-    queue.prefetch::<RoomSink<'_>>(core, frames.len().min(BURST) as u16);
-    let mut used = 0u64;
-    let mut fault = None;
+    queue.stage::<RoomSink<'_>>(core, frames.len().min(BURST) as u16);
     core.followed = 0;
+    let mut lens = ArrayVec::<u32, BURST>::new();
+    let mut accepted = 0u64;
+    // Frames that fit into one buffer each, which is what most do; then whatever else there is, with care.
+    let mut rest = frames.len().min(BURST);
+    let mut staged = queue.staged().iter();
     for (i, frame) in frames.iter().enumerate().take(BURST) {
+        if chosen >> i & 1 == 0 {
+            continue;
+        }
+        let need = frame.len().saturating_add(core.header_len);
+        let header = net_header::encode(&frame.offload, 1, core.features);
+        let (Ok(header), Some(one)) = (header, staged.next().filter(|one| one.len >= need)) else {
+            rest = i;
+            break;
+        };
+        // SAFETY: the buffer was translated from a checked descriptor, holds `need` bytes, and stays mapped until the ring is stopped; the
+        // frame's own bytes are readable until its burst is released.
+        unsafe { write_frame_at(one.addr, header, core.header_len, frame) };
+        core.log_data(one.gpa, need);
+        let _ = lens.try_push(need);
+        accepted |= 1 << i;
+    }
+    let mut used = lens.len() as u64;
+    queue.use_staged(core, &lens);
+    let mut fault = None;
+    for (i, frame) in frames.iter().enumerate().take(BURST).skip(rest) {
         if chosen >> i & 1 == 0 {
             continue;
         }
@@ -155,7 +179,7 @@ pub(super) fn send<F: Format>(
             continue;
         }
         match place(queue, core, scratch, frame, &mut used, counters) {
-            Ok(()) => report.accept(i),
+            Ok(()) => accepted |= 1 << i,
             Err(Obstacle::Frame(reason)) => report.refuse(i, reason),
             Err(Obstacle::Ring(f)) => {
                 report.refuse(i, DropReason::TxBadDescriptor);
@@ -163,6 +187,7 @@ pub(super) fn send<F: Format>(
             }
         }
     }
+    report.accepted |= accepted;
     let notify = if used > 0 {
         counters.chains.add(used);
         queue.publish(core)
@@ -171,13 +196,13 @@ pub(super) fn send<F: Format>(
     };
     if fault.is_none() {
         // The buffers of the next burst come in while this one travels.
-        queue.prefetch::<RoomSink<'_>>(core, BURST as u16);
+        queue.stage::<RoomSink<'_>>(core, BURST as u16);
     }
     (notify, fault)
 }
 
-/// Places one frame.
-#[inline(always)]
+/// Places one frame, into whatever chains there are.
+#[inline(never)]
 fn place<F: Format>(
     queue: &mut F,
     core: &mut Core,
@@ -189,20 +214,6 @@ fn place<F: Format>(
     let header_len = core.header_len;
     let need = frame.len().saturating_add(header_len);
     let mut at = queue.position();
-    if let Some(one) = queue.peek_one(core, &mut at, true) {
-        if one.len >= need {
-            let header = net_header::encode(&frame.offload, 1, core.features).map_err(Obstacle::Frame)?;
-            // SAFETY: the buffer was translated from a checked descriptor, holds `need` bytes, and stays mapped until the ring is stopped;
-            // the frame's own bytes are readable until its burst is released.
-            unsafe { write_frame_at(one.addr, header, header_len, frame) };
-            core.log_data(one.gpa, need);
-            queue.put_used(core, one.chain, need);
-            *used += 1;
-            queue.advance(at);
-            return Ok(());
-        }
-        at = queue.position();
-    }
     scratch.pieces.clear();
     scratch.chains.clear();
     let none = Piece { addr: core::ptr::null_mut(), gpa: 0, len: 0 };

@@ -1,0 +1,91 @@
+//! Chains of one buffer that were read, checked and translated ahead of their use, while their buffers come into the cache.
+//!
+//! A staged chain is a private copy: what the guest does to the descriptor afterwards changes nothing. Nothing is taken by staging; a ring
+//! that is stopped forgets what was staged.
+use ferry_dataplane::frame::BURST;
+
+use super::Chain;
+
+/// A chain of one buffer, mapped in one piece.
+#[derive(Clone, Copy)]
+pub(crate) struct One {
+    pub(super) chain: Chain,
+    /// Where it is mapped, and its guest address.
+    pub(super) addr: *mut u8,
+    pub(super) gpa: u64,
+    /// Bytes, not 0.
+    pub(super) len: u32,
+}
+
+/// The next chains of a ring, oldest first, as far as they have but one buffer: those from `first` up to `end` of the places.
+pub(super) struct Stage {
+    places: Box<[One; BURST]>,
+    first: usize,
+    end: usize,
+}
+
+impl Stage {
+    pub fn new() -> Self {
+        let none = One { chain: Chain::default(), addr: core::ptr::null_mut(), gpa: 0, len: 0 };
+        Self { places: Box::new([none; BURST]), first: 0, end: 0 }
+    }
+
+    #[inline(always)]
+    pub fn len(&self) -> u16 {
+        (self.end - self.first) as u16
+    }
+
+    #[inline(always)]
+    pub fn chains(&self) -> &[One] {
+        self.places.get(self.first..self.end).unwrap_or_default()
+    }
+
+    /// The places behind the last chain; to be filled from the first on. [`Self::add`] tells how many were.
+    #[inline(always)]
+    pub fn room(&mut self) -> &mut [One] {
+        self.places.copy_within(self.first..self.end, 0);
+        self.end -= self.first;
+        self.first = 0;
+        self.places.get_mut(self.end..).unwrap_or_default()
+    }
+
+    /// So many places behind the last chain were filled.
+    #[inline(always)]
+    pub fn add(&mut self, chains: usize) {
+        self.end = (self.end + chains).min(BURST);
+    }
+
+    /// Forgets the first `chains`, or as many as there are.
+    #[inline(always)]
+    pub fn forget(&mut self, chains: u16) {
+        self.first = (self.first + usize::from(chains)).min(self.end);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chains_come_out_in_order() {
+        let mut stage = Stage::new();
+        let (mut put, mut got) = (0u16, 0u16);
+        for round in 0..1000usize {
+            let wanted = round % 70;
+            let mut filled = 0;
+            for place in stage.room().iter_mut().take(wanted) {
+                place.chain.id = put;
+                put += 1;
+                filled += 1;
+            }
+            stage.add(filled);
+            assert_eq!(stage.len(), put - got);
+            let ids: Vec<u16> = stage.chains().iter().map(|one| one.chain.id).collect();
+            assert_eq!(ids, (got..put).collect::<Vec<_>>());
+            let forgotten = (round * 7 % 40) as u16;
+            got += stage.len().min(forgotten);
+            stage.forget(forgotten);
+        }
+        assert!(got > 1000);
+    }
+}
