@@ -261,7 +261,7 @@ impl Connection {
             Way::Original => original,
             Way::Reply => reply,
         };
-        traffic.count(bytes, dither);
+        *traffic = traffic.plus(1, bytes, dither);
     }
 }
 
@@ -293,17 +293,10 @@ impl Traffic {
         Self { packets: Tally(word as u32), bytes: Tally((word >> 32) as u32) }
     }
 
-    /// Counts one packet.
+    /// With packets more that have `bytes` together.
     #[inline(always)]
-    pub(super) fn count(&mut self, bytes: u32, dither: u32) {
-        self.count_many(1, bytes, dither);
-    }
-
-    /// Counts packets that have `bytes` together.
-    #[inline(always)]
-    pub(super) fn count_many(&mut self, packets: u32, bytes: u32, dither: u32) {
-        self.packets.add(packets, dither);
-        self.bytes.add(bytes, dither);
+    pub(super) fn plus(self, packets: u32, bytes: u32, dither: u32) -> Self {
+        Self { packets: self.packets.plus(packets, dither), bytes: self.bytes.plus(bytes, dither) }
     }
 }
 
@@ -339,28 +332,33 @@ impl Tally {
     /// Adds `n`; `dither` is any number that is evenly distributed.
     #[inline(always)]
     pub fn add(&mut self, n: u32, dither: u32) {
+        *self = self.plus(n, dither);
+    }
+
+    /// The sum with `n`.
+    #[inline(always)]
+    fn plus(self, n: u32, dither: u32) -> Self {
         // The usual case: exact before and after.
         match self.0.checked_add(n) {
-            Some(sum) if sum <= Self::MANTISSA => self.0 = sum,
-            _ => self.add_scaled(n, dither),
+            Some(sum) if sum <= Self::MANTISSA => Self(sum),
+            _ => self.plus_scaled(n, dither),
         }
     }
 
     #[cold]
-    fn add_scaled(&mut self, n: u32, dither: u32) {
+    fn plus_scaled(self, n: u32, dither: u32) -> Self {
         let mut exponent = self.0 >> Self::MANTISSA_BITS;
         let below = (1u64 << exponent) - 1;
         let units = (u64::from(n) + (u64::from(dither) & below)) >> exponent;
         let mut mantissa = u64::from(self.0 & Self::MANTISSA) + units;
         while mantissa > u64::from(Self::MANTISSA) {
             if exponent == 31 {
-                self.0 = u32::MAX;
-                return;
+                return Self(u32::MAX);
             }
             mantissa >>= 1;
             exponent += 1;
         }
-        self.0 = (exponent << Self::MANTISSA_BITS) | mantissa as u32;
+        Self((exponent << Self::MANTISSA_BITS) | mantissa as u32)
     }
 }
 

@@ -52,12 +52,11 @@ pub(crate) fn steady(
 /// Packets counted in the word of their direction.
 #[inline(always)]
 fn counted(look: &Look<'_>, way: Way, packets: usize, bytes: u32, dither: u32) -> u64 {
-    let mut traffic = Traffic::from_word(match way {
+    let traffic = Traffic::from_word(match way {
         Way::Original => look.word::<{ word::ORIGINAL }>(),
         Way::Reply => look.word::<{ word::REPLY }>(),
     });
-    traffic.count_many(packets as u32, bytes, dither);
-    traffic.to_word()
+    traffic.plus(packets as u32, bytes, dither).to_word()
 }
 
 /// The limits count the connection as half-open, and it no longer is: they are to be told.

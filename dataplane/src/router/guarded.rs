@@ -98,27 +98,26 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         let untagged_vlan = source.port.vlan.ingress(None);
         let near_verifies = near.as_ref().is_some_and(Quick::verifies);
         let mut foretold: Option<(MacAddr, u16, Option<PortId>)> = None;
-        let mut plain = Plain::default();
         let mut verify = false;
         let mut count = 0;
         let mut free = trains.iter_mut();
         let mut open: Option<&mut Train> = None;
         for (i, facts) in (0..burst.len()).zip(router.facts.iter_mut()) {
-            let seen = match see(burst, i, untagged_vlan, &mut plain) {
+            let seen = match see(burst, i, untagged_vlan) {
                 Some(seen) => seen,
-                None => match see_any(burst, i, source, sender, &mut plain) {
+                None => match see_any(burst, i, source, sender) {
                     Some(seen) => seen,
                     None => continue,
                 },
             };
-            let Seen { place, vouched, mut is_plain } = seen;
+            let Seen { place, plain, vouched, mut is_plain } = seen;
             *facts = plain.facts;
             if is_plain
                 && let Some(train) = &mut open
                 && usize::from(train.end) == i
                 && train.joins(&place, &plain)
             {
-                if vouched || !verify || checksum_ok(burst, i, &plain) {
+                if vouched || !verify || checksum_ok(burst, i, plain) {
                     train.end = i as u8 + 1;
                     continue;
                 }
@@ -158,7 +157,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
                     verify |= quick.verifies();
                 }
                 train.verified = verify;
-                train.is_plain = vouched || !verify || checksum_ok(burst, i, &plain);
+                train.is_plain = vouched || !verify || checksum_ok(burst, i, plain);
             }
             open = Some(train);
         }
@@ -373,6 +372,8 @@ impl Train {
 /// What is seen of a frame.
 struct Seen {
     place: Place,
+    /// Means nothing unless the packet is plain.
+    plain: Plain,
     is_plain: bool,
     /// The port that it came from vouches for its checksum, or it has none, or it is yet to be computed.
     vouched: bool,
@@ -380,41 +381,38 @@ struct Seen {
 
 /// What an untagged frame without special wishes is, and its packet if it is plain. `None`: to be classified.
 #[inline(always)]
-fn see(burst: &mut RxBurst, i: usize, untagged_vlan: Option<u16>, plain: &mut Plain) -> Option<Seen> {
+fn see(burst: &mut RxBurst, i: usize, untagged_vlan: Option<u16>) -> Option<Seen> {
     let (head, meta) = burst.frame_mut(i)?;
     let have = usize::from(meta.snapshot_len);
     let (link, ethertype) = untagged(head, have)?;
     let vlan = untagged_vlan?;
+    // In registers: copied from memory, it would be waited for.
+    let mut plain = Plain::default();
     let is_plain = plain.read(head, have, meta.len as usize, ethernet::HEADER_BYTES, ethertype);
-    if owes_work(meta) && !(is_plain && accept_checksum(meta, plain)) {
+    if owes_work(meta) && !(is_plain && accept_checksum(meta, &plain)) {
         return None;
     }
     let vouched = meta.offload.needs_csum || meta.offload.csum_valid || !plain.is_summed();
     let l3 = ethernet::HEADER_BYTES as u16;
-    Some(Seen { place: Place { link, vlan, tag: None, l3, ethertype }, is_plain, vouched })
+    Some(Seen { place: Place { link, vlan, tag: None, l3, ethertype }, plain, is_plain, vouched })
 }
 
 /// As [`see`], of any frame. `None`: dropped.
 #[inline(never)]
-fn see_any<T>(
-    burst: &mut RxBurst,
-    i: usize,
-    source: &Source<'_, T>,
-    sender: &mut Sender,
-    plain: &mut Plain,
-) -> Option<Seen> {
+fn see_any<T>(burst: &mut RxBurst, i: usize, source: &Source<'_, T>, sender: &mut Sender) -> Option<Seen> {
     let place = classify_any(burst, i, source.port, sender)?;
     let (head, have) = burst.head(i);
     let meta = burst.meta(i)?;
+    let mut plain = Plain::default();
     let is_plain = plain.read(head, have, meta.len as usize, usize::from(place.l3), place.ethertype);
     let vouched = meta.offload.needs_csum || meta.offload.csum_valid || !plain.is_summed();
-    Some(Seen { place, is_plain, vouched })
+    Some(Seen { place, plain, is_plain, vouched })
 }
 
-#[inline]
-fn checksum_ok(burst: &RxBurst, i: usize, packet: &Plain) -> bool {
-    let head = burst.snapshot(i);
-    packet.checksum_ok(head, &burst.body(i, head.len() as u32))
+#[inline(never)]
+fn checksum_ok(burst: &RxBurst, i: usize, packet: Plain) -> bool {
+    let Some((_, head, body)) = burst.parts(i) else { return false };
+    packet.checksum_ok(head, &body)
 }
 
 /// Makes `far` the firewall of `output`. False when there is none that judges: who takes a diverted frame in judges it.

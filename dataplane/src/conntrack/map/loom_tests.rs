@@ -612,10 +612,9 @@ fn counts(s: &Shared) -> u32 {
     let [.., rest] = key;
     let likely = s.map.likely(s.map.prefetch_places(s.map.ends(&key), rest));
     let Some(look) = s.map.look(likely, &key) else { return 0 };
-    let mut traffic = Traffic::from_word(look.word::<{ word::ORIGINAL }>());
-    traffic.count(IP_LEN, 0);
+    let traffic = Traffic::from_word(look.word::<{ word::ORIGINAL }>());
     let Some(entry) = look.claim(expiry(0, 3_600_000)) else { return 0 };
-    entry.set::<{ word::ORIGINAL }>(traffic.to_word());
+    entry.set::<{ word::ORIGINAL }>(traffic.plus(1, IP_LEN, 0).to_word());
     entry.commit();
     s.map.note_bookkeeping(&[likely]);
     1
