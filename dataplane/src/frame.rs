@@ -119,6 +119,8 @@ pub struct RxBurst {
     len: usize,
     /// Some frames have no snapshot yet.
     unread: bool,
+    /// Some frames may owe something.
+    owing: bool,
     /// Frames the port refused before they became frames (malformed descriptors ...), by reason.
     rejected: [u32; DropReason::COUNT],
     any_rejected: bool,
@@ -141,6 +143,7 @@ impl RxBurst {
             segments: Vec::with_capacity(BURST_SEGMENTS),
             len: 0,
             unread: false,
+            owing: false,
             rejected: [0; DropReason::COUNT],
             any_rejected: false,
             private: Vec::new(),
@@ -152,6 +155,7 @@ impl RxBurst {
     pub fn clear(&mut self) {
         self.len = 0;
         self.unread = false;
+        self.owing = false;
         self.segments.clear();
         if self.any_rejected {
             self.rejected = [0; DropReason::COUNT];
@@ -239,6 +243,7 @@ impl RxBurst {
         *meta = FrameMeta { len, first_segment: mark as u16, segments: count as u16, snapshot_len: 0, offload };
         self.len += 1;
         self.unread = true;
+        self.owing |= offload != Offload::default();
         true
     }
 
@@ -274,7 +279,14 @@ impl RxBurst {
     pub fn owe(&mut self, offload: Offload) {
         if let Some(meta) = self.len.checked_sub(1).and_then(|last| self.meta.get_mut(last)) {
             meta.offload = offload;
+            self.owing = true;
         }
+    }
+
+    /// Some frame's [`FrameMeta::offload`] may be other than the default.
+    #[inline]
+    pub fn is_owing(&self) -> bool {
+        self.owing
     }
 
     /// Counts a frame that the port had to refuse before it could be handed over. It counts as received and dropped.

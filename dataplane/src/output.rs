@@ -222,19 +222,12 @@ impl Sender {
         caps: &TxCapabilities,
     ) -> bool {
         let mut frames = ArrayVec::<TxFrame<'_>, BURST>::new();
-        let (mut chosen, mut bytes) = (0u64, 0u64);
-        for &(i, action) in items {
-            let Some((meta, head, body)) = burst.parts(usize::from(i)) else { return false };
-            if action != VlanAction::Keep || !is_plain(meta, caps) || too_long(meta.len, caps) {
-                return false;
-            }
-            let flow_hash = if caps.multiqueue { packet::flow_hash(head) } else { 0 };
-            if frames.try_push(TxFrame { head, body, offload: meta.offload, flow_hash }).is_err() {
-                return false;
-            }
-            chosen |= 1 << (i & 63);
-            bytes += u64::from(meta.len);
-        }
+        let gathered = if burst.is_owing() {
+            gather::<true>(burst, items, caps, &mut frames)
+        } else {
+            gather::<false>(burst, items, caps, &mut frames)
+        };
+        let Some((chosen, bytes)) = gathered else { return false };
         self.report.reset(DropReason::TxNotReady);
         port.send(guard, &frames, &mut self.report);
         if self.report.accepted.count_ones() as usize == frames.len() {
@@ -501,6 +494,31 @@ fn settle(
     *delivered |= arrived;
     ledger.frames.add(sent);
     ledger.bytes.add(bytes);
+}
+
+/// The frames of a batch in which nothing has to be done to any; which they are, and their bytes. `None`: something has to be done.
+/// `OWING`: some frame may owe something, be it only what the output takes over.
+#[inline(always)]
+fn gather<'b, const OWING: bool>(
+    burst: &'b RxBurst,
+    items: &[(u8, VlanAction)],
+    caps: &TxCapabilities,
+    frames: &mut ArrayVec<TxFrame<'b>, BURST>,
+) -> Option<(u64, u64)> {
+    let (mut chosen, mut bytes) = (0u64, 0u64);
+    for &(i, action) in items {
+        let (meta, head, body) = burst.parts(usize::from(i))?;
+        if action != VlanAction::Keep || OWING && !is_plain(meta, caps) || too_long(meta.len, caps) {
+            return None;
+        }
+        let flow_hash = if caps.multiqueue { packet::flow_hash(head) } else { 0 };
+        // Not copied where nothing can be owed: the copy would be waited for.
+        let offload = if OWING { meta.offload } else { Offload::default() };
+        frames.try_push(TxFrame { head, body, offload, flow_hash }).ok()?;
+        chosen |= 1 << (i & 63);
+        bytes += u64::from(meta.len);
+    }
+    Some((chosen, bytes))
 }
 
 /// Nothing is owed that the output does not take over.

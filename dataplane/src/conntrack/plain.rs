@@ -10,7 +10,7 @@ use super::dissect::Segment;
 use super::key::{Toward, V6};
 use super::map::KeyWords;
 use crate::frame::{Body, Gso, Offload, SNAPSHOT_BYTES};
-use crate::offload::checksum::Sum;
+use crate::offload::checksum::{Sum, fold};
 use crate::packet::tcp::Flags;
 use crate::packet::{EtherType, IpProto, tcp, udp};
 
@@ -93,6 +93,17 @@ impl Particulars {
     }
 }
 
+/// What [`Plain::read`] makes of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reading {
+    /// Not plain; what was read means nothing.
+    Other,
+    /// Not plain, but its connection can be named: what it says of addresses, ports and protocol is so.
+    Named,
+    /// Plain.
+    Plain,
+}
+
 /// Headers of a frame, from the network header on.
 type Window = [u8; WINDOW_BYTES];
 /// As far as plain headers reach: IPv6 and TCP with a time stamp, and what is read along.
@@ -116,8 +127,7 @@ fn u32_at(window: &Window, at: usize) -> u32 {
 }
 
 impl Plain {
-    /// Reads the frame of `frame_len` bytes of which `head` has the first `have`, with the network header at `l3`. False: not plain, and
-    /// what it holds now means nothing.
+    /// Reads the frame of `frame_len` bytes of which `head` has the first `have`, with the network header at `l3`.
     #[inline(always)]
     pub fn read(
         &mut self,
@@ -126,22 +136,24 @@ impl Plain {
         frame_len: usize,
         l3: usize,
         ethertype: EtherType,
-    ) -> bool {
+    ) -> Reading {
         if l3 != UNTAGGED && l3 != TAGGED {
-            return false;
+            return Reading::Other;
         }
-        let Some(window) = head.get(l3..).and_then(|bytes| bytes.first_chunk::<WINDOW_BYTES>()) else { return false };
+        let Some(window) = head.get(l3..).and_then(|bytes| bytes.first_chunk::<WINDOW_BYTES>()) else {
+            return Reading::Other;
+        };
         let (have, len) = (have.saturating_sub(l3), frame_len.saturating_sub(l3));
         match ethertype {
             EtherType::IPV4 => self.ipv4(window, have, len, l3),
             EtherType::IPV6 => self.ipv6(window, have, len, l3),
-            _ => false,
+            _ => Reading::Other,
         }
     }
 
     /// `have` and `len`: bytes from the network header on that are at hand, and that the frame has.
     #[inline(always)]
-    fn ipv4(&mut self, window: &Window, have: usize, len: usize, l3: usize) -> bool {
+    fn ipv4(&mut self, window: &Window, have: usize, len: usize, l3: usize) -> Reading {
         let (first, second, dst) = (u64_at(window, 0), u64_at(window, 8), u32_at(window, 16));
         let total_len = usize::from(((first >> 16) as u16).swap_bytes());
         let whole = ((first >> 48) as u16).swap_bytes() & 0x3fff == 0;
@@ -153,7 +165,7 @@ impl Plain {
         let sum = (sum & 0xffff) + (sum >> 16);
         let sum = (sum & 0xffff) + (sum >> 16);
         if first as u8 != 0x45 || !whole || sum != 0xffff || total_len < 28 || total_len > len || have < 28 {
-            return false;
+            return Reading::Other;
         }
         self.src = [0, MAPPED | (second >> 32) << 32];
         self.dst = [0, MAPPED | u64::from(dst) << 32];
@@ -162,11 +174,11 @@ impl Plain {
     }
 
     #[inline(always)]
-    fn ipv6(&mut self, window: &Window, have: usize, len: usize, l3: usize) -> bool {
+    fn ipv6(&mut self, window: &Window, have: usize, len: usize, l3: usize) -> Reading {
         let first = u64_at(window, 0);
         let payload_len = usize::from(((first >> 32) as u16).swap_bytes());
         if first as u8 >> 4 != 6 || payload_len < 8 || 40 + payload_len > len || have < 48 {
-            return false;
+            return Reading::Other;
         }
         self.src = [u64_at(window, 8), u64_at(window, 16)];
         self.dst = [u64_at(window, 24), u64_at(window, 32)];
@@ -183,7 +195,7 @@ impl Plain {
         len: usize,
         l3: usize,
         proto: u8,
-    ) -> bool {
+    ) -> Reading {
         let first = u64_at(window, AT);
         let ports = ((first as u16).swap_bytes(), ((first >> 16) as u16).swap_bytes());
         self.talk = Talk::new(ports, proto, FAMILY, l3 + AT);
@@ -193,7 +205,8 @@ impl Plain {
                 let udp_len = usize::from(((first >> 32) as u16).swap_bytes());
                 self.unsummed = first >> 48 == 0;
                 // What DHCP servers send is for the anti-spoofing rules to judge.
-                udp_len >= 8 && udp_len <= len && ports != (67, 68) && ports != (547, 546)
+                let plain = udp_len >= 8 && udp_len <= len && ports != (67, 68) && ports != (547, 546);
+                if plain { Reading::Plain } else { Reading::Named }
             }
             IpProto::TCP => {
                 const NO_MATTER: Flags = Flags::PSH.union(Flags::ECE).union(Flags::CWR).union(Flags::URG);
@@ -206,12 +219,13 @@ impl Plain {
                 self.facts.ack = u32_at(window, AT + 8).swap_bytes();
                 self.facts.window = ((third >> 16) as u16).swap_bytes();
                 self.facts.payload_len = len.wrapping_sub(header_len) as u16;
-                flags.difference(NO_MATTER) == Flags::ACK
+                let plain = flags.difference(NO_MATTER) == Flags::ACK
                     && usual_options
                     && header_len <= len
-                    && AT + header_len <= have
+                    && AT + header_len <= have;
+                if plain { Reading::Plain } else { Reading::Named }
             }
-            _ => false,
+            _ => Reading::Other,
         }
     }
 
@@ -280,26 +294,55 @@ impl Plain {
         !self.unsummed
     }
 
-    /// The transport checksum is right, or there is none. `head`: as was read; `body`: what follows it.
-    #[inline]
-    pub fn checksum_ok(&self, head: &[u8], body: &Body<'_>) -> bool {
+    /// The transport checksum is right, or there is none. `head`: as was read, of which the first `have` bytes are the frame's; `body`: what
+    /// follows them.
+    #[inline(always)]
+    pub fn checksum_ok(&self, head: &[u8; SNAPSHOT_BYTES], have: usize, body: &Body<'_>) -> bool {
         if self.unsummed {
             return true;
         }
         let (at, len) = (usize::from(self.talk.at()), usize::from(self.len));
-        // They end where the transport header begins.
+        // The addresses end where the transport header begins.
         let addresses = if self.talk.is_ipv6() { 32 } else { 8 };
-        let Some(addresses) = head.get(at.saturating_sub(addresses)..at) else { return false };
-        let rest = head.get(at..).unwrap_or_default();
-        let in_head = rest.get(..len).unwrap_or(rest);
-        let mut sum = Sum::new();
-        sum.add_bytes(addresses);
-        sum.add_u16(u16::from(self.proto().0));
-        sum.add_u16(self.len);
-        sum.add_bytes(in_head);
-        if in_head.len() < len {
-            sum.add_body(&body.slice(0, (len - in_head.len()) as u32));
+        let (from, to) = (at.saturating_sub(addresses), at + len);
+        let pseudo = (u64::from(self.proto().0) + u64::from(self.len)) as u16;
+        let at_hand = to.min(have);
+        let (sum, rest) = (sum_of(head, from, at_hand), to - at_hand);
+        if rest == 0 {
+            // All that most short packets need: the sum in memory order, and what is not in memory, put in that order.
+            return fold(sum + u64::from(pseudo.to_be())) == 0xffff;
         }
-        sum.is_valid()
+        let mut whole = Sum::new();
+        whole.add_u16(u16::from_be(fold(sum)));
+        whole.add_u16(pseudo);
+        // What was read so far is an even number of bytes: the first byte of the rest is the first of a word.
+        if (at_hand - from).is_multiple_of(2) {
+            whole.add_body(&body.slice(0, rest as u32));
+        } else {
+            whole.add_body_at_odd(&body.slice(0, rest as u32));
+        }
+        whole.is_valid()
     }
+}
+
+/// Sum of 32-bit words in memory order of the bytes `from..to`, with zeros behind them; below 2^40.
+#[inline(always)]
+fn sum_of(head: &[u8; SNAPSHOT_BYTES], from: usize, to: usize) -> u64 {
+    let halves = |word: u64| (word & 0xffff_ffff) + (word >> 32);
+    let Some(bytes) = head.get(from..to) else { return 0 };
+    let (words, tail) = bytes.as_chunks::<8>();
+    let mut sum = 0;
+    for word in words {
+        sum += halves(u64::from_ne_bytes(*word));
+    }
+    if !tail.is_empty() {
+        // A word that begins with the tail; what lies behind it is shifted out.
+        let at = to - tail.len();
+        let word = match head.get(at..).and_then(|bytes| bytes.first_chunk::<8>()) {
+            Some(word) => u64::from_le_bytes(*word) << (8 * (8 - tail.len())) >> (8 * (8 - tail.len())),
+            None => tail.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte)),
+        };
+        sum += halves(u64::from_ne_bytes(word.to_le_bytes()));
+    }
+    sum
 }

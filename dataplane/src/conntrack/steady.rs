@@ -168,11 +168,12 @@ fn steady_tcp(
 mod tests {
     use super::super::PickUp;
     use super::super::dissect::{Checksum, Dissected, Packet, Transport, dissect};
+    use super::super::plain::Reading;
     use super::super::table::{Change, ConnTable};
     use super::super::tracker::{Judgement, judge};
     use super::*;
     use crate::firewall::limits::Admission;
-    use crate::frame::{Body, SNAPSHOT_BYTES};
+    use crate::frame::{Offload, RxBurst, SNAPSHOT_BYTES};
     use crate::offload::checksum::{Sum, internet_checksum};
     use crate::packet::{MacAddr, parse, parse_l2};
 
@@ -286,7 +287,21 @@ mod tests {
         head[..have].copy_from_slice(&frame[..have]);
         let l2 = parse_l2(&head[..have], frame.len() as u32).ok()?;
         let mut plain = Plain::default();
-        plain.read(&head, have, frame.len(), usize::from(l2.len), l2.ethertype).then_some(plain)
+        (plain.read(&head, have, frame.len(), usize::from(l2.len), l2.ethertype) == Reading::Plain).then_some(plain)
+    }
+
+    /// The checksum of a frame of which `have` bytes are at hand.
+    fn checksum_ok(plain: &Plain, frame: &[u8], have: usize) -> bool {
+        let have = have.min(frame.len()).min(SNAPSHOT_BYTES);
+        let mut head = [0xee; SNAPSHOT_BYTES];
+        head[..have].copy_from_slice(&frame[..have]);
+        let mut rest = frame[have..].to_vec();
+        let mut burst = RxBurst::new();
+        burst.load_private(&mut rest);
+        let mark = burst.segment_mark();
+        burst.push_private(0..frame.len() - have);
+        burst.finish_frame(mark, Offload::default());
+        plain.checksum_ok(&head, have, &burst.body(0, 0))
     }
 
     #[test]
@@ -346,7 +361,11 @@ mod tests {
             } else {
                 assert!(matches!(facts.transport, Transport::Udp));
             }
-            let sum_ok = plain.checksum_ok(&frame, &Body::EMPTY);
+            // With all bytes at hand, and with some of them in port memory.
+            let sum_ok = checksum_ok(&plain, &frame, frame.len());
+            for have in [100, 101, 116, 117] {
+                assert_eq!(checksum_ok(&plain, &frame, have), sum_ok, "{have} of {sent:?}");
+            }
             assert_eq!(sum_ok, look(Checksum::Verify).is_ok(), "{sent:?}");
             wrong_sums += u32::from(!sum_ok);
             // The headers are such as anti-spoofing reads.

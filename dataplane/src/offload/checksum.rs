@@ -2,6 +2,7 @@
 use core::net::{Ipv4Addr, Ipv6Addr};
 
 use super::sum;
+pub(crate) use super::sum::fold;
 use crate::frame::Body;
 use crate::packet::ipv4::Ipv4;
 use crate::packet::ipv6::Ipv6;
@@ -41,6 +42,13 @@ impl Sum {
     #[inline]
     pub fn add_body(&mut self, body: &Body<'_>) {
         sum::pieces(body, |sum, len| self.add_piece(sum, len as usize));
+    }
+
+    /// Adds frame bytes in port memory of which the first is the second of a word, whatever was added before.
+    #[inline]
+    pub(crate) fn add_body_at_odd(&mut self, body: &Body<'_>) {
+        self.odd = true;
+        self.add_body(body);
     }
 
     /// Adds a 16-bit field's value.

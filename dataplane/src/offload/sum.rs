@@ -75,18 +75,21 @@ unsafe fn raw_generic(addr: *const u8, len: usize) -> u16 {
         sum += u64::from(unsafe { read_unaligned(addr.add(at).cast::<u32>()) });
         at += 4;
     }
-    let mut tail = [0u8; 4];
-    for byte in tail.iter_mut().take(len - at) {
-        // SAFETY: at < len: the loop runs len - at times.
-        *byte = unsafe { addr.add(at).read() };
-        at += 1;
+    // Up to three bytes. Put together in a register: bytes written to memory one by one and read as a word would be waited for.
+    let mut last = 0u32;
+    for n in 0..3 {
+        if at < len {
+            // SAFETY: at < len.
+            last |= u32::from(unsafe { addr.add(at).read() }) << (8 * n);
+            at += 1;
+        }
     }
-    fold(sum + u64::from(u32::from_ne_bytes(tail)))
+    fold(sum + u64::from(u32::from_ne_bytes(last.to_le_bytes())))
 }
 
 /// Folds to 16 bits with end-around carry; 0 only when every summand was 0.
 #[inline(always)]
-pub(super) fn fold(mut sum: u64) -> u16 {
+pub(crate) fn fold(mut sum: u64) -> u16 {
     sum = (sum & 0xffff_ffff) + (sum >> 32);
     sum = (sum & 0xffff_ffff) + (sum >> 32);
     sum = (sum & 0xffff) + (sum >> 16);

@@ -9,7 +9,7 @@ use super::{
     Place, Recent, Router, Source, Target, accept_checksum, action, classify_any, judge, look_up, owes_work, untagged,
 };
 use crate::bridge::fdb::PortId;
-use crate::conntrack::{Plain, Toward, next_dither};
+use crate::conntrack::{Plain, Reading, Toward, next_dither};
 use crate::counters::DropReason;
 use crate::enforce::quick::{Prospect, Quick};
 use crate::enforce::stage::End;
@@ -27,6 +27,8 @@ pub(super) struct Train {
     end: u8,
     /// They are plain packets between the same ends; otherwise it is one frame.
     is_plain: bool,
+    /// Their connection can be named, so that its entries can be fetched into the cache.
+    is_named: bool,
     /// Their checksums are right, or somebody vouches for them.
     verified: bool,
     /// The port they will probably go to, if that has a firewall.
@@ -110,7 +112,8 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
                     None => continue,
                 },
             };
-            let Seen { place, plain, vouched, mut is_plain } = seen;
+            let Seen { place, plain, vouched, reading } = seen;
+            let mut is_plain = reading == Reading::Plain;
             *facts = plain.facts;
             if is_plain
                 && let Some(train) = &mut open
@@ -128,7 +131,8 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             (train.first, train.end) = (i as u8, i as u8 + 1);
             train.place = place;
             train.is_plain = is_plain;
-            if is_plain {
+            train.is_named = reading != Reading::Other;
+            if train.is_named {
                 let (dst, vlan) = (place.link.dst, place.vlan);
                 let output = match foretold {
                     Some((d, v, output)) if d == dst && v == vlan => output,
@@ -157,7 +161,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
                     verify |= quick.verifies();
                 }
                 train.verified = verify;
-                train.is_plain = vouched || !verify || checksum_ok(burst, i, plain);
+                train.is_plain = is_plain && (vouched || !verify || checksum_ok(burst, i, plain));
             }
             open = Some(train);
         }
@@ -169,7 +173,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
     fn locate(&mut self, trains: &mut [Train]) {
         let Self { source, thread, near, far, .. } = self;
         let mut missing = 0u64;
-        for (t, train) in trains.iter_mut().enumerate().filter(|(_, train)| train.is_plain) {
+        for (t, train) in trains.iter_mut().enumerate().filter(|(_, train)| train.is_named) {
             let mut found = true;
             if let Some(near) = near {
                 found &= near.locate(&mut train.near);
@@ -372,9 +376,9 @@ impl Train {
 /// What is seen of a frame.
 struct Seen {
     place: Place,
-    /// Means nothing unless the packet is plain.
+    /// As far as `reading` says.
     plain: Plain,
-    is_plain: bool,
+    reading: Reading,
     /// The port that it came from vouches for its checksum, or it has none, or it is yet to be computed.
     vouched: bool,
 }
@@ -388,13 +392,13 @@ fn see(burst: &mut RxBurst, i: usize, untagged_vlan: Option<u16>) -> Option<Seen
     let vlan = untagged_vlan?;
     // In registers: copied from memory, it would be waited for.
     let mut plain = Plain::default();
-    let is_plain = plain.read(head, have, meta.len as usize, ethernet::HEADER_BYTES, ethertype);
-    if owes_work(meta) && !(is_plain && accept_checksum(meta, &plain)) {
+    let reading = plain.read(head, have, meta.len as usize, ethernet::HEADER_BYTES, ethertype);
+    if owes_work(meta) && !(reading == Reading::Plain && accept_checksum(meta, &plain)) {
         return None;
     }
     let vouched = meta.offload.needs_csum || meta.offload.csum_valid || !plain.is_summed();
     let l3 = ethernet::HEADER_BYTES as u16;
-    Some(Seen { place: Place { link, vlan, tag: None, l3, ethertype }, plain, is_plain, vouched })
+    Some(Seen { place: Place { link, vlan, tag: None, l3, ethertype }, plain, reading, vouched })
 }
 
 /// As [`see`], of any frame. `None`: dropped.
@@ -404,15 +408,16 @@ fn see_any<T>(burst: &mut RxBurst, i: usize, source: &Source<'_, T>, sender: &mu
     let (head, have) = burst.head(i);
     let meta = burst.meta(i)?;
     let mut plain = Plain::default();
-    let is_plain = plain.read(head, have, meta.len as usize, usize::from(place.l3), place.ethertype);
+    let reading = plain.read(head, have, meta.len as usize, usize::from(place.l3), place.ethertype);
     let vouched = meta.offload.needs_csum || meta.offload.csum_valid || !plain.is_summed();
-    Some(Seen { place, plain, is_plain, vouched })
+    Some(Seen { place, plain, reading, vouched })
 }
 
 #[inline(never)]
 fn checksum_ok(burst: &RxBurst, i: usize, packet: Plain) -> bool {
-    let Some((_, head, body)) = burst.parts(i) else { return false };
-    packet.checksum_ok(head, &body)
+    let (head, have) = burst.head(i);
+    let Some((_, _, body)) = burst.parts(i) else { return false };
+    packet.checksum_ok(head, have, &body)
 }
 
 /// Makes `far` the firewall of `output`. False when there is none that judges: who takes a diverted frame in judges it.

@@ -7,7 +7,7 @@ mod guarded;
 use crate::bridge::fdb::{MAX_PORTS, PortId};
 use crate::bridge::vlan::Egress;
 use crate::bridge::{BridgeEntry, Forwarding, PortEntry};
-use crate::conntrack::{Particulars, Plain, Toward};
+use crate::conntrack::{Particulars, Plain, Reading, Toward};
 use crate::counters::DropReason;
 use crate::enforce::pending::{Next, PendingFrame};
 use crate::enforce::stage::{End, Outcome, Stage};
@@ -447,7 +447,7 @@ fn follows(burst: &mut RxBurst, i: usize, link: Link) -> bool {
 fn owes_only_checksum(head: &[u8; SNAPSHOT_BYTES], meta: &mut FrameMeta, ethertype: EtherType) -> bool {
     let mut plain = Plain::default();
     let (have, len) = (usize::from(meta.snapshot_len), meta.len as usize);
-    plain.read(head, have, len, ethernet::HEADER_BYTES, ethertype) && accept_checksum(meta, &plain)
+    plain.read(head, have, len, ethernet::HEADER_BYTES, ethertype) == Reading::Plain && accept_checksum(meta, &plain)
 }
 
 /// All that a frame is owed is the checksum of its plain packet.

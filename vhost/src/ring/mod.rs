@@ -292,6 +292,8 @@ pub(crate) trait Format {
     /// Makes the next `count` chains ready, as far as each has but one buffer in one piece of memory, and fetches into the cache what they and
     /// others need first. Takes nothing, and reports nothing: what is wrong is found by [`Self::peek`].
     fn stage<S: Sink>(&mut self, core: &mut Core, count: u16);
+    /// Fetches into the cache, to be written, where the next `count` chains will be returned.
+    fn prefetch_used(&self, count: u16);
     /// The next chains that were staged.
     fn staged(&self) -> &[One];
     /// Takes the first `chains` of them.

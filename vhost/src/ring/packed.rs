@@ -242,6 +242,11 @@ impl Format for Packed {
     }
 
     #[inline(always)]
+    fn prefetch_used(&self, _count: u16) {
+        // Used descriptors take the place of those that were just read.
+    }
+
+    #[inline(always)]
     fn staged(&self) -> &[One] {
         self.stage.chains()
     }

@@ -168,6 +168,7 @@ pub(super) fn receive<F: Format>(
     queue.stage::<FrameSink<'_>>(core, BURST as u16);
     // Frames in one buffer each, which is what most are; then whatever else there is, with care.
     let room = burst.room().min(pending.room());
+    queue.prefetch_used(queue.staged().len() as u16);
     let header_len = core.header_len;
     let mut whole = 0;
     for one in queue.staged().iter().take(room) {

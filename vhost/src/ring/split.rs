@@ -283,6 +283,15 @@ impl Format for Split {
     }
 
     #[inline(always)]
+    fn prefetch_used(&self, count: u16) {
+        // Entries of 8 bytes: eight to a line.
+        for i in (0..count.saturating_add(8)).step_by(8) {
+            let slot = usize::from(self.next_used.get().wrapping_add(i) & (self.areas.size.get() - 1));
+            chain::prefetch_write(self.areas.used.wrapping_add(RING + 8 * slot));
+        }
+    }
+
+    #[inline(always)]
     fn staged(&self) -> &[One] {
         self.stage.chains()
     }

@@ -140,6 +140,7 @@ pub(super) fn send<F: Format>(
     counters: &VringCounters,
 ) -> (bool, Option<Fault>) {
     queue.stage::<RoomSink<'_>>(core, frames.len().min(BURST) as u16);
+    queue.prefetch_used(frames.len().min(BURST) as u16);
     core.followed = 0;
     let mut lens = ArrayVec::<u32, BURST>::new();
     let mut accepted = 0u64;
