@@ -25,6 +25,8 @@ use crate::router::Router;
 
 /// Iterations between two looks at the clock while busy.
 const CLOCK_INTERVAL: u32 = 32;
+/// The same while there is nothing to do: a look takes longer than an iteration, and a frame that comes meanwhile would wait for it.
+const IDLE_CLOCK_INTERVAL: u32 = 16;
 /// Bursts of at least so many frames are timed stage by stage.
 const TIMED_FRAMES: usize = 8;
 /// Of smaller ones, one in so many.
@@ -122,7 +124,7 @@ impl<K: Kinds> Worker<K> {
     /// Runs until told to stop.
     pub fn run(mut self, sleeper: &mut dyn Sleeper) {
         let mut last_work_ns = self.clock.now_ns();
-        let mut rounds = 0u32;
+        let (mut rounds, mut idle_rounds) = (0u32, 0u32);
         let mut fds = Vec::with_capacity(256);
         loop {
             let began = cycles();
@@ -141,6 +143,10 @@ impl<K: Kinds> Worker<K> {
                 }
                 Step::Idle => {
                     self.counters.idle_cycles.add(spent);
+                    idle_rounds = idle_rounds.wrapping_add(1);
+                    if !idle_rounds.is_multiple_of(IDLE_CLOCK_INTERVAL) {
+                        continue;
+                    }
                     self.now_ns = self.clock.now_ns();
                     let latency_us = self.idle.latency_us();
                     let idle_ns = self.now_ns.saturating_sub(last_work_ns);

@@ -26,6 +26,7 @@ pub(crate) struct Terms<'a> {
 /// Brings the connection of plain packets up to date, and says how many of them, from the first on, and what they are to it: these may
 /// pass. `None`, and nothing was changed: the first is not for the short way. `packet`: one of them, they are of one connection; `facts`:
 /// the packets, in order; `likely`: the slot where the entry with their `key` probably is, for [`ConnMap::note_bookkeeping`] to be told.
+#[expect(clippy::too_many_arguments, reason = "facts of one connection; inlined")]
 #[inline(always)]
 pub(crate) fn steady(
     map: &ConnMap,
@@ -378,7 +379,7 @@ mod tests {
 
     fn likely(map: &ConnMap, key: &KeyWords) -> Likely {
         let [.., rest] = *key;
-        map.likely(map.prefetch_places(map.ends(key), rest))
+        map.likely(map.prefetch_places(map.ends(key), rest, false))
     }
 
     fn handle_of(map: &ConnMap) -> super::super::ConnHandle<'_> {
@@ -610,7 +611,9 @@ mod tests {
                 (Toward::Egress, 0x10, vm, other),
             ] {
                 let sent = sent(toward, flags, seq, ack, 60_000, 0);
-                maps.iter().for_each(|map| drop(in_full(map, &config, &sent, 1, now_ms, false)));
+                for map in &maps {
+                    in_full(map, &config, &sent, 1, now_ms, false);
+                }
             }
             for _ in 0..if cfg!(miri) { 3 } else { 20 } {
                 now_ms += random.below(3000);

@@ -92,11 +92,11 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         self.map.ends(&packet.key(Self::TOWARD, 0))
     }
 
-    /// First step: hashes, and fetches the bucket.
+    /// First step: hashes, and fetches the bucket, or `both` in which the entry may be.
     #[inline(always)]
-    pub fn prepare(&self, ends: Ends, packet: &Plain, vlan: u16) -> Prospect {
+    pub fn prepare(&self, ends: Ends, packet: &Plain, vlan: u16, both: bool) -> Prospect {
         let [.., rest] = packet.key(Self::TOWARD, self.zone | vlan);
-        Prospect { whereabouts: self.map.prefetch_places(ends, rest), likely: Likely::NONE }
+        Prospect { whereabouts: self.map.prefetch_places(ends, rest, both), likely: Likely::NONE }
     }
 
     /// Second step: finds the entry, and fetches it. False: it is not where it most probably would be, and [`Self::locate_again`] should

@@ -20,6 +20,9 @@ use crate::packet::ethernet;
 use crate::packet::{MacAddr, VlanTag};
 use crate::port::TxPort;
 
+/// Bursts of so many trains tell how many entries are not where they most probably are.
+const TELLING: usize = 8;
+
 /// Frames `first..end` of a burst.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Train {
@@ -100,7 +103,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         let untagged_vlan = source.port.vlan.ingress(None);
         let near_verifies = near.as_ref().is_some_and(Quick::verifies);
         let mut foretold: Option<(MacAddr, u16, Option<PortId>)> = None;
-        let mut verify = false;
+        let (mut verify, both) = (false, router.both_buckets);
         let mut count = 0;
         let mut free = trains.iter_mut();
         let mut open: Option<&mut Train> = None;
@@ -149,7 +152,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
                 let mut ends = None;
                 if let Some(near) = near {
                     let own = near.ends(&plain);
-                    train.near = near.prepare(own, &plain, vlan);
+                    train.near = near.prepare(own, &plain, vlan, both);
                     ends = Some(own);
                 }
                 if let Some(output) = output
@@ -157,7 +160,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
                     && let Some(Far { quick, .. }) = far
                 {
                     let ends = ends.unwrap_or_else(|| quick.ends(&plain));
-                    train.far = quick.prepare(ends, &plain, vlan);
+                    train.far = quick.prepare(ends, &plain, vlan, both);
                     verify |= quick.verifies();
                 }
                 train.verified = verify;
@@ -171,7 +174,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
     /// Second pass: the tables' entries.
     #[inline(never)]
     fn locate(&mut self, trains: &mut [Train]) {
-        let Self { source, thread, near, far, .. } = self;
+        let Self { router, source, thread, near, far, .. } = self;
         let mut missing = 0u64;
         for (t, train) in trains.iter_mut().enumerate().filter(|(_, train)| train.is_named) {
             let mut found = true;
@@ -185,6 +188,10 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
                 found &= quick.locate(&mut train.far);
             }
             missing |= u64::from(!found) << (t % BURST);
+        }
+        // In a full table many are where they less probably are, and new ones are in neither place.
+        if trains.len() >= TELLING {
+            router.both_buckets = missing.count_ones() as usize * 8 > trains.len();
         }
         while missing != 0 {
             let t = missing.trailing_zeros() as usize;
@@ -335,7 +342,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         }
         let Some(Far { quick, .. }) = &mut self.far else { return 0 };
         if train.foretold != Some(output) {
-            train.far = quick.prepare(quick.ends(&train.plain), &train.plain, train.place.vlan);
+            train.far = quick.prepare(quick.ends(&train.plain), &train.plain, train.place.vlan, false);
             quick.relocate(&mut train.far);
             train.foretold = Some(output);
         }

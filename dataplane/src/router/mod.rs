@@ -29,6 +29,8 @@ pub(crate) struct Router {
     /// The frames of a burst that firewalls look at, and the facts of those that are plain.
     trains: Box<[Train]>,
     facts: Box<[Particulars; BURST]>,
+    /// Many entries have lately been in the second of their buckets: both are to be fetched.
+    both_buckets: bool,
     dither: u32,
 }
 
@@ -107,6 +109,7 @@ impl Router {
             stage,
             trains: vec![Train::default(); BURST].into_boxed_slice(),
             facts: Box::new([Particulars::default(); BURST]),
+            both_buckets: false,
             dither: 0x9e37_79b9,
         }
     }

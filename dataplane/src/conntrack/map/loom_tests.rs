@@ -610,7 +610,7 @@ fn counts(s: &Shared) -> u32 {
     use super::super::entry::{expiry, word};
     let key = sample(1).key.words();
     let [.., rest] = key;
-    let likely = s.map.likely(s.map.prefetch_places(s.map.ends(&key), rest));
+    let likely = s.map.likely(s.map.prefetch_places(s.map.ends(&key), rest, false));
     let Some(look) = s.map.look(likely, &key) else { return 0 };
     let traffic = Traffic::from_word(look.word::<{ word::ORIGINAL }>());
     let Some(entry) = look.claim(expiry(0, 3_600_000)) else { return 0 };

@@ -307,11 +307,14 @@ impl ConnMap {
     }
 
     /// First step of a batch of looks: finds out where the key with these ends and this last word is to be looked for, and fetches the
-    /// bucket where it most probably is.
+    /// bucket where it most probably is. `both`: the other one, too.
     #[inline(always)]
-    pub(crate) fn prefetch_places(&self, ends: Ends, rest: u64) -> Whereabouts {
+    pub(crate) fn prefetch_places(&self, ends: Ends, rest: u64, both: bool) -> Whereabouts {
         let hash = self.hasher.whole(ends, rest);
         self.index.prefetch_first(hash);
+        if both {
+            self.index.prefetch_second(hash);
+        }
         Whereabouts(hash)
     }
 
