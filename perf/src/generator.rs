@@ -295,6 +295,11 @@ impl<R: DriverRing> Generator<R> {
         self.streams = streams;
     }
 
+    /// The guests, in the order of their sockets.
+    pub fn guests(&mut self) -> impl Iterator<Item = &mut Guest<R>> {
+        self.lanes.iter_mut().map(|lane| &mut lane.guest)
+    }
+
     /// Whether every session still stands.
     pub fn alive(&self) -> bool {
         self.lanes.iter().all(|l| l.guest.alive())

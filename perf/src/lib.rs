@@ -3,6 +3,7 @@
 pub mod affinity;
 pub mod check;
 pub mod compare;
+pub mod costs;
 pub mod exchange;
 pub mod frame;
 pub mod generator;

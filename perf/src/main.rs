@@ -7,7 +7,7 @@ use ferry_perf::results::{self, Measurement, Metric, Run};
 use ferry_perf::run::{Bench, Exchange, Plan};
 use ferry_perf::system::Kind;
 use ferry_perf::workload::{self, Workload};
-use ferry_perf::{compare, peers, report};
+use ferry_perf::{compare, costs, peers, report};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -79,6 +79,19 @@ enum Command {
         #[arg(long, value_delimiter = ',')]
         systems: Vec<Kind>,
     },
+    /// What operating a live switch costs: dirty logging and tracking, migrations of connections, memory, idle ports, PMD threads.
+    Costs {
+        /// Pairs of windows, or samples.
+        #[arg(long, default_value_t = COST_ROUNDS)]
+        rounds: usize,
+        /// Only measurements whose name contains this: final-delta, dirty-log, tracking-10k, tracking-1M, idle, pmd-scaling,
+        /// stage-counters, and downtime, which boots guests and runs only when asked for.
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
+        /// Writes the metrics to this file, as in the results of a run.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
     /// Makes the HTML report of a run's results.
     Report {
         /// Results of `ferry-perf run`.
@@ -110,6 +123,9 @@ enum Command {
         seconds: u64,
     },
 }
+
+/// Pairs of windows of each cost.
+const COST_ROUNDS: usize = 10;
 
 /// Huge pages for two OVS, one testpmd and the guests, of 2 MiB.
 const HUGE_PAGES: u64 = 1200;
@@ -240,13 +256,37 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let mut bench = Bench::new(plan)?;
             let metrics = if *throughput_only { Vec::new() } else { exchanges(&mut bench, 5, None, &[])? };
             save(&[], &metrics)?;
-            throughput(&mut bench, &workloads, |done| save(done, &metrics))?;
+            let done = throughput(&mut bench, &workloads, |done| save(done, &metrics))?;
+            // Its switches are in the way of others.
+            drop(bench);
+            if !*throughput_only {
+                let mut metrics = metrics;
+                let terms = costs::terms(generator_core, switch_core, COST_ROUNDS);
+                let only = only.as_deref();
+                costs::measure(&terms, only, |new| {
+                    metrics.extend_from_slice(new);
+                    save(&done, &metrics)
+                })?;
+            }
             println!("{}\n{}", output.display(), output.with_extension("html").display());
         }
         Command::Exchange { rounds, only, systems } => {
             let _pages = HugePages::reserve(HUGE_PAGES)?;
             let mut bench = Bench::new(Plan::quick(generator_core, switch_core))?;
             exchanges(&mut bench, *rounds, only.as_deref(), systems)?;
+        }
+        Command::Costs { rounds, only, json } => {
+            let _pages = HugePages::reserve(HUGE_PAGES)?;
+            let mut all = Vec::new();
+            let terms = costs::terms(generator_core, switch_core, *rounds);
+            let failed = costs::measure(&terms, only.as_deref(), |new| {
+                all.extend_from_slice(new);
+                let Some(file) = json else { return Ok(()) };
+                write(file, &(serde_json::to_string_pretty(&all)? + "\n"))
+            })?;
+            if failed || all.is_empty() {
+                return Ok(ExitCode::FAILURE);
+            }
         }
         Command::Report { results, output } => {
             let page = output.clone().unwrap_or_else(|| results.with_extension("html"));

@@ -395,13 +395,14 @@ impl<R: DriverRing> Subject<'_, R> {
 }
 
 /// The switch's threads and the calling one, urgent until dropped.
-struct Urgent {
-    pmd: Vec<u32>,
+pub(crate) struct Urgent {
+    /// The switch's PMD threads.
+    pub(crate) pmd: Vec<u32>,
     others: Vec<u32>,
 }
 
 impl Urgent {
-    fn new(pid: u32, core: usize) -> Result<Self> {
+    pub(crate) fn new(pid: u32, core: usize) -> Result<Self> {
         let (pmd, others) = affinity::threads(pid, core)?;
         let this = Self { pmd, others };
         this.others.iter().for_each(|&t| affinity::set_urgency(t, Urgency::Helper));

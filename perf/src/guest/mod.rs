@@ -1,4 +1,5 @@
 //! A generated guest: one vhost-user port seen from the driver's side, on the same socket that QEMU would use.
+pub mod logging;
 pub mod memory;
 pub mod packed;
 pub mod ring;
@@ -95,6 +96,28 @@ impl<R: DriverRing> Guest<R> {
         if self.rx.wants_kick() {
             self.session.kick(0);
         }
+    }
+
+    /// Has the switch note in `log` which pages it writes, as QEMU does when a migration begins. The rings keep running.
+    ///
+    /// # Errors
+    /// When the switch cannot.
+    pub fn start_logging(&mut self, log: &logging::PageLog) -> Result<()> {
+        let used = [self.rx.areas()[2].guest_at(0), self.tx.areas()[2].guest_at(0)];
+        self.session.start_logging(log, used)
+    }
+
+    /// Ends that, as QEMU does when a migration is cancelled.
+    ///
+    /// # Errors
+    /// When the session breaks off.
+    pub fn stop_logging(&mut self) -> Result<()> {
+        self.session.stop_logging()
+    }
+
+    /// Guest address behind the last byte of its memory.
+    pub fn memory_end(&self) -> u64 {
+        memory::GUEST_BASE + self.memory.len() as u64
     }
 
     /// The features that were negotiated.
