@@ -1,8 +1,7 @@
 //! What a migration costs the traffic of a live switch: dirty-page logging, dirty tracking of connections, rounds towards another ferryd.
 //!
 //! The guests do as QEMU does: a log, the feature, a reader that empties the log. The source is the ferryd that is measured, the
-//! destination a second one on this machine; everything of both but the source's PMD thread runs on the generator's core, where it takes
-//! time from the generator. Slices in which the generator waited for its core do not count.
+//! destination a second one on this machine; everything of both but the source's PMD thread runs on the generator's core.
 use super::switch::{Extras, PATIENCE, Switch};
 use super::window::{Terms, lost_percent, window};
 use super::{gauge, on_core};
@@ -12,7 +11,7 @@ use crate::generator::Generator;
 use crate::guest::GuestSpec;
 use crate::guest::logging::PageLog;
 use crate::guest::split::SplitRing;
-use crate::results::{Metric, Window};
+use crate::results::{Figure, Metric, Window};
 use crate::run::{self, Urgent};
 use crate::system::{Kind, Setup};
 use crate::workload::{Workload, short};
@@ -26,6 +25,9 @@ use std::time::{Duration, Instant};
 
 /// QEMU takes the log's bits in each of its rounds.
 const LOG_IS_READ: Duration = Duration::from_millis(100);
+
+/// Below this share of idle turns the generator may be what limits the figure.
+const LEAST_IDLE: f64 = 0.02;
 
 type Guests = Generator<SplitRing>;
 
@@ -108,6 +110,10 @@ fn setup(terms: &Terms, folder: &Path, ports: usize, connections: u32) -> Setup 
 
 fn lost(name: String, system: Kind, pairs: &[(Window, Window)]) -> Option<Metric> {
     let (figure, placement) = lost_percent(pairs)?;
+    let idle = Figure::of(&pairs.iter().map(|(without, _)| without.generator_idle).collect::<Vec<_>>())?.median;
+    if idle < LEAST_IDLE {
+        eprintln!("{name}: the generator was idle in {:.1} % of its turns only: it may hide a loss", idle * 100.0);
+    }
     Some(Metric { name, system, unit: "%".into(), higher_is_better: false, figure, placement })
 }
 
@@ -202,9 +208,26 @@ impl Copying<'_> {
         })
     }
 
+    /// The VMs still migrate, without their connections.
+    fn cancel(&self) -> Result<()> {
+        self.vms.iter().try_for_each(|vm| self.source.tell(&["migrate", "cancel", vm]).map(drop))?;
+        self.wait_ended()
+    }
+
     fn wait_ended(&self) -> Result<()> {
         self.wait("end of the migration", |m| m["ended_at_ms"].is_number()).map(drop)
     }
+}
+
+/// What goes on beside the traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Nothing.
+    Off,
+    /// The VMs migrate without their connections.
+    Log,
+    /// The VMs migrate with them.
+    Rounds,
 }
 
 /// Windows of a round: without anything, with the log alone, with tracking and rounds.
@@ -246,22 +269,39 @@ pub fn tracking(terms: &Terms, folder: &Path, connections: u32) -> Result<Vec<Me
         let logs = Logs::new(&mut guests)?;
         logs.with_reader(|| {
             let mut all = Vec::new();
-            for _ in 0..terms.rounds {
-                let before = logs.window(&mut guests, terms, pid, &others, false)?;
-                logs.start(&mut guests)?;
-                for m in copying.wait_copied()? {
-                    told.note(&m["rounds"][0], connections)?;
+            for round in 0..terms.rounds {
+                let mut off = None;
+                let (mut log, mut tracked) = (None, None);
+                // The order is turned round from round to round, so that a drift of the machine harms no state.
+                let mut order = [State::Off, State::Log, State::Rounds];
+                if round % 2 == 1 {
+                    order.reverse();
                 }
-                let rounds = logs.window(&mut guests, terms, pid, &others, true)?;
-                for vm in &copying.vms {
-                    // The VM still migrates, without its connections.
-                    source.tell(&["migrate", "cancel", vm])?;
+                for state in order {
+                    if state != State::Off {
+                        logs.start(&mut guests)?;
+                        for m in copying.wait_copied()? {
+                            told.note(&m["rounds"][0], connections)?;
+                        }
+                    }
+                    if state == State::Log {
+                        copying.cancel()?;
+                    }
+                    let window = logs.window(&mut guests, terms, pid, &others, state != State::Off)?;
+                    if state != State::Off {
+                        logs.stop(&mut guests)?;
+                        copying.wait_ended()?;
+                        settle(&destination)?;
+                    }
+                    *match state {
+                        State::Off => &mut off,
+                        State::Log => &mut log,
+                        State::Rounds => &mut tracked,
+                    } = Some(window);
                 }
-                copying.wait_ended()?;
-                let log = logs.window(&mut guests, terms, pid, &others, true)?;
-                logs.stop(&mut guests)?;
-                all.push(Round { off: before, log, rounds });
-                settle(&destination)?;
+                if let (Some(off), Some(log), Some(rounds)) = (off, log, tracked) {
+                    all.push(Round { off, log, rounds });
+                }
             }
             Ok(all)
         })

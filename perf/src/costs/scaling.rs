@@ -1,11 +1,12 @@
 //! One PMD thread and two, with two busy pairs of guests.
 //!
-//! There are two cores, one of which the generator needs: the second PMD thread has to share it. So throughput says little, and cycles per
-//! frame are the figure to look at: they show what two threads cost each other by what they share. Nothing is urgent here, or one of the
-//! threads on the shared core would starve.
+//! There are two cores, one of which the generator needs: the second PMD thread has to share it. So throughput says little; processor time per
+//! frame shows what two threads cost each other by what they share, the switching between thread and generator included. Nothing is urgent
+//! here, or one of the threads on the shared core would starve.
 use super::on_core;
 use super::switch::{Extras, Switch};
 use super::window::Terms;
+use crate::affinity::SchedStat;
 use crate::frame::Transport;
 use crate::generator::Generator;
 use crate::guest::GuestSpec;
@@ -17,50 +18,84 @@ use crate::system::{Kind, Setup};
 use crate::workload::Workload;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 
 /// What a window has shown.
 struct Window {
     mpps: f64,
-    /// Time-stamp counter cycles of busy rounds per frame, over all PMD threads.
-    cycles_per_frame: f64,
+    /// Processor time of the PMD threads' busy rounds per frame, nanoseconds.
+    ns_per_frame: f64,
     placement: Option<Placement>,
 }
 
-/// Cycles of busy rounds and frames so far, over all PMD threads, and how many of these have had frames.
-fn work(switch: &Switch) -> Result<(f64, f64, usize)> {
-    let said = switch.ask(&["pmd", "perf"])?;
-    let pmds = said["pmds"].as_array().context("pmds")?;
-    let field = |p: &Value, name: &str| p["stats"][name].as_f64().with_context(|| format!("{name}: {p}"));
-    let (mut cycles, mut frames, mut working) = (0.0, 0.0, 0);
-    for pmd in pmds {
-        cycles += field(pmd, "busy_cycles")?;
-        frames += field(pmd, "frames")?;
-        working += usize::from(field(pmd, "frames")? > 0.0);
+/// One PMD thread's work so far.
+#[derive(Clone, Copy, Debug)]
+struct Work {
+    busy_cycles: f64,
+    idle_cycles: f64,
+    frames: f64,
+    ran_ns: f64,
+}
+
+impl Work {
+    /// Processor time of its busy rounds since `before`, nanoseconds. A thread is kept off its core in busy and idle rounds alike.
+    fn busy_ns_since(&self, before: &Self) -> f64 {
+        let (busy, idle) = (self.busy_cycles - before.busy_cycles, self.idle_cycles - before.idle_cycles);
+        (self.ran_ns - before.ran_ns) * busy / (busy + idle).max(1.0)
     }
-    Ok((cycles, frames, working))
+}
+
+/// Threads of the process whose names begin with `pmd` and a number, by that number.
+fn pmd_threads(pid: u32) -> Result<BTreeMap<usize, u32>> {
+    let mut threads = BTreeMap::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let path = entry?.path();
+        let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
+        let digits = name.strip_prefix("pmd").map(|rest| rest.split(|c: char| !c.is_ascii_digit()).next());
+        let Some(Some(index)) = digits.map(|d| d.and_then(|d| d.parse().ok())) else { continue };
+        let id = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse().ok()).context("thread id")?;
+        threads.insert(index, id);
+    }
+    Ok(threads)
+}
+
+fn work(switch: &Switch) -> Result<Vec<Work>> {
+    let threads = pmd_threads(switch.process.id())?;
+    let said = switch.ask(&["pmd", "perf"])?;
+    let field = |p: &Value, name: &str| p["stats"][name].as_f64().with_context(|| format!("{name}: {p}"));
+    let pmds = said["pmds"].as_array().context("pmds")?.iter();
+    pmds.map(|p| {
+        let index = p["stats"]["pmd"].as_u64().context("number of a PMD thread")?;
+        let thread = *threads.get(&usize::try_from(index)?).context("no thread of a PMD thread's name")?;
+        Ok(Work {
+            busy_cycles: field(p, "busy_cycles")?,
+            idle_cycles: field(p, "idle_cycles")?,
+            frames: field(p, "frames")?,
+            ran_ns: SchedStat::of(thread).ran_ns as f64,
+        })
+    })
+    .collect()
 }
 
 fn window(guests: &mut Generator<SplitRing>, switch: &Switch, terms: &Terms, threads: usize) -> Result<Window> {
     let probe = || regime::round_trip_ns(terms.generator_core, terms.switch_core).map(Placement::of);
     guests.start(true)?;
     guests.run(terms.window / 4)?;
-    let before = probe()?;
-    let (cycles, frames, _) = work(switch)?;
+    let round_trip = probe()?;
+    let before = work(switch)?;
     let tally = guests.run(terms.window)?;
-    let (cycles_after, frames_after, working) = work(switch)?;
-    let after = probe()?;
+    let after = work(switch)?;
+    let placement = (probe()? == round_trip).then_some(round_trip);
     guests.stop()?;
-    ensure!(working == threads, "{working} of {threads} PMD threads have had frames");
-    ensure!(frames_after > frames, "no frames");
-    Ok(Window {
-        mpps: tally.mpps(),
-        cycles_per_frame: (cycles_after - cycles) / (frames_after - frames),
-        placement: (before == after).then_some(before),
-    })
+    let frames: Vec<f64> = after.iter().zip(&before).map(|(a, b)| a.frames - b.frames).collect();
+    ensure!(frames.len() == threads && frames.iter().all(|&n| n > 0.0), "frames of the PMD threads: {frames:?}");
+    let busy_ns: f64 = after.iter().zip(&before).map(|(a, b)| a.busy_ns_since(b)).sum();
+    Ok(Window { mpps: tally.mpps(), ns_per_frame: busy_ns / frames.iter().sum::<f64>(), placement })
 }
 
-/// Throughput and cycles per frame of two busy pairs, 64 bytes, through the bridge and through firewalls with 10,000 connections each.
+/// Throughput and processor time per frame of two busy pairs, 64 bytes, through the bridge and through firewalls with 10,000 connections each.
 ///
 /// # Errors
 /// When a switch does not come up or forward, or one of its threads has nothing to do.
@@ -114,11 +149,11 @@ pub fn scaling(terms: &Terms, folder: &Path) -> Result<Vec<Metric>> {
             let counted = || windows.iter().filter(|w| placement.is_none() || w.placement == placement);
             let figures = [
                 ("Mpps", true, counted().map(|w| w.mpps).collect::<Vec<_>>()),
-                ("cycles", false, counted().map(|w| w.cycles_per_frame).collect()),
+                ("ns", false, counted().map(|w| w.ns_per_frame).collect()),
             ];
             for (unit, higher_is_better, values) in figures {
                 let Some(figure) = Figure::of(&values) else { continue };
-                let per = if unit == "cycles" { " per frame" } else { "" };
+                let per = if unit == "ns" { " per frame" } else { "" };
                 let name = format!("pmd-threads {threads}, 2 pairs of {}{per}", workload.name);
                 metrics.push(Metric { name, system, unit: unit.into(), higher_is_better, figure, placement });
             }
