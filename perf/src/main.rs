@@ -7,7 +7,7 @@ use ferry_perf::results::{self, Measurement, Metric, Run};
 use ferry_perf::run::{Bench, Exchange, Plan};
 use ferry_perf::system::Kind;
 use ferry_perf::workload::{self, Workload};
-use ferry_perf::{compare, peers, report};
+use ferry_perf::{ceiling, compare, peers, report};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -57,8 +57,11 @@ enum Command {
         /// Only workloads whose name contains this.
         #[arg(long, value_name = "TEXT")]
         only: Option<String>,
+        /// Only these systems.
+        #[arg(long, value_delimiter = ',')]
+        systems: Vec<Kind>,
         /// Most time for one workload's windows, seconds.
-        #[arg(long, value_name = "S", default_value_t = 30)]
+        #[arg(long, value_name = "S", default_value_t = 25)]
         budget_s: u64,
         /// No latency and no rate of connections.
         #[arg(long)]
@@ -103,6 +106,15 @@ enum Command {
         #[arg(long)]
         install: bool,
     },
+    /// Shows what the generator could do if a switch cost nothing: the most that can be measured here.
+    Ceiling {
+        /// Windows of each kind.
+        #[arg(long, default_value_t = 5)]
+        windows: usize,
+        /// Length of a window, milliseconds.
+        #[arg(long, value_name = "MS", default_value_t = 300)]
+        window_ms: u64,
+    },
     /// Shows the machine's regime: watches how near the two cores are.
     Probe {
         /// Seconds to watch.
@@ -112,7 +124,7 @@ enum Command {
 }
 
 /// Huge pages for two OVS, one testpmd and the guests, of 2 MiB.
-const HUGE_PAGES: u64 = 1200;
+const HUGE_PAGES: u64 = 1300;
 
 fn main() -> ExitCode {
     match run(&Cli::parse()) {
@@ -132,7 +144,10 @@ fn throughput(
 ) -> Result<Vec<Measurement>> {
     let most = workloads.iter().map(|w| w.connections).max().unwrap_or(1);
     let mut done = Vec::new();
-    for w in workloads {
+    let estimate: Duration = workloads.iter().map(|w| bench.plan().estimate(w)).sum();
+    eprintln!("{} workloads, about {} minutes", workloads.len(), estimate.as_secs().div_ceil(60));
+    for (w, n) in workloads.iter().zip(1..) {
+        eprintln!("[{n}/{}] {}", workloads.len(), w.name);
         let m = bench.measure(w, most)?;
         for s in m.series.iter().filter(|s| s.failure.is_some()) {
             eprintln!("{}: {}: {}", w.name, s.system.name(), s.failure.as_deref().unwrap_or(""));
@@ -184,6 +199,14 @@ fn exchanges(bench: &mut Bench, rounds: usize, only: Option<&str>, systems: &[Ki
     Ok(all)
 }
 
+/// Leaves only these systems of each workload, if any are named.
+fn select(workloads: &mut Vec<Workload>, systems: &[Kind]) {
+    for w in &mut *workloads {
+        w.systems.retain(|s| systems.is_empty() || systems.contains(s));
+    }
+    workloads.retain(|w| !w.systems.is_empty());
+}
+
 fn read(file: &Path) -> Result<Run> {
     let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
     serde_json::from_str(&text).with_context(|| file.display().to_string())
@@ -208,9 +231,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             plan.wanted = windows.unwrap_or(plan.wanted);
             let mut workloads = workload::quick();
             workloads.retain(|w| only.as_ref().is_none_or(|o| w.name.contains(o.as_str())));
-            for w in &mut workloads {
-                w.systems.retain(|s| systems.is_empty() || systems.contains(s));
-            }
+            select(&mut workloads, systems);
             let _pages = HugePages::reserve(HUGE_PAGES)?;
             let done = throughput(&mut Bench::new(plan)?, &workloads, |_| Ok(()))?;
             if let Some(file) = json {
@@ -218,12 +239,13 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 write(file, &(serde_json::to_string_pretty(&rows)? + "\n"))?;
             }
         }
-        Command::Run { output, only, budget_s, throughput_only, micro } => {
+        Command::Run { output, only, systems, budget_s, throughput_only, micro } => {
             let micro =
                 micro.as_deref().map(std::fs::read_to_string).transpose().context("--micro")?.unwrap_or_default();
             let plan = Plan { budget: Duration::from_secs(*budget_s), ..Plan::full(generator_core, switch_core) };
             let mut workloads = workload::full();
             workloads.retain(|w| only.as_ref().is_none_or(|o| w.name.contains(o.as_str())));
+            select(&mut workloads, systems);
             let _pages = HugePages::reserve(HUGE_PAGES)?;
             let environment = environment()?;
             let save = |throughput: &[Measurement], metrics: &[Metric]| {
@@ -274,6 +296,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             if lines.iter().any(Result::is_err) {
                 return Ok(ExitCode::FAILURE);
             }
+        }
+        Command::Ceiling { windows, window_ms } => {
+            let _pages = HugePages::reserve(16)?;
+            let window = Duration::from_millis(*window_ms);
+            let metrics = ceiling::ceiling(generator_core, switch_core, *windows, window)?;
+            print!("{}", results::metrics_table(&metrics));
         }
         Command::Probe { seconds } => {
             println!("{}", serde_json::to_string_pretty(&environment()?)?);

@@ -11,12 +11,15 @@ fn escape(text: &str) -> String {
 
 fn colour(kind: Kind) -> &'static str {
     match kind {
-        Kind::TestpmdIo => "#8c8c8c",
+        Kind::TestpmdIo | Kind::TestpmdTso => "#8c8c8c",
         Kind::FerryL2 => "#1f77b4",
-        Kind::FerryFirewall => "#08519c",
-        Kind::OvsL2 => "#fdae6b",
-        Kind::OvsCt => "#e6550d",
+        Kind::FerryFirewall | Kind::FerryFirewallOpen => "#08519c",
+        Kind::OvsL2 | Kind::OvsL2Tso => "#fdae6b",
+        Kind::OvsCt | Kind::OvsCtTso => "#e6550d",
         Kind::OvsCtPerPort => "#a63603",
+        Kind::Turnaround => "#bbbbbb",
+        Kind::KernelL2 => "#a1d99b",
+        Kind::KernelFirewall => "#31a354",
     }
 }
 

@@ -53,11 +53,23 @@ impl Plan {
     /// For a full run.
     pub fn full(generator_core: usize, switch_core: usize) -> Self {
         Self {
-            window: Duration::from_millis(1000),
-            wanted: 7,
-            budget: Duration::from_secs(60),
+            window: Duration::from_millis(700),
+            wanted: 5,
+            budget: Duration::from_secs(30),
             ..Self::quick(generator_core, switch_core)
         }
+    }
+}
+
+impl Plan {
+    /// About how long a workload takes, if nothing disturbs it: its windows, with the probes around them, and the opening of
+    /// its connections.
+    pub fn estimate(&self, workload: &Workload) -> Duration {
+        let turns = (self.wanted * workload.systems.len()) as u32;
+        // Each window is preceded by a warm-up of an eighth and surrounded by two probes and a drain.
+        let windows = (self.window * 9 / 8 + Duration::from_millis(150)) * turns;
+        let frames = u64::from(workload.connections) * workload.busy_pairs as u64 * workload.systems.len() as u64;
+        windows.min(self.budget) + Duration::from_secs(4) + Duration::from_micros(frames * 2)
     }
 }
 
@@ -80,14 +92,20 @@ impl Bench {
         Ok(Self { plan, folder, running: BTreeMap::new(), setup: None })
     }
 
+    /// How long and how often it measures.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
     /// Measures one workload. A switch that cannot be measured is reported as such; the others are measured all the same.
     ///
     /// # Errors
     /// When the generator itself fails.
     pub fn measure(&mut self, workload: &Workload, most_connections: u32) -> Result<Measurement> {
-        let mtu = workload.frame_bytes.saturating_sub(14).max(1504);
-        let connections = most_connections.max(workload.connections);
-        let failures = self.ensure(&workload.systems, (workload.ports, mtu, workload.rules, connections));
+        // Two ports are given room for the largest workload, so that they need not be started anew for it; many are not.
+        let connections =
+            if workload.ports > 2 { workload.connections } else { most_connections.max(workload.connections) };
+        let failures = self.ensure(&workload.systems, (workload.ports, workload.mtu(), workload.rules, connections));
         let systems: Vec<&mut Box<dyn System>> =
             self.running.iter_mut().filter(|(k, _)| workload.systems.contains(k)).map(|(_, s)| s).collect();
         let plan = self.plan;
@@ -127,6 +145,8 @@ impl Bench {
             self.running.clear();
             self.setup = Some(key);
         }
+        // Each holds huge pages.
+        self.running.retain(|k, _| kinds.contains(k));
         let setup = Setup {
             folder: self.folder.path().to_path_buf(),
             ports: key.0,
@@ -334,7 +354,7 @@ impl<R: DriverRing> Subject<'_, R> {
 
     /// Attaches guests and opens all connections.
     fn open(&mut self, plan: &Plan, workload: &Workload) -> Result<()> {
-        let spec = GuestSpec::new(workload.frame_bytes).format(workload.rings);
+        let spec = workload.guests();
         let sockets = self.system.sockets();
         let mut generator = Generator::<R>::attach(sockets, &spec)?;
         generator.streams(workload.streams());

@@ -5,7 +5,7 @@ mod fake_switch;
 use fake_switch::{FakeSwitch, Fault};
 use ferry_perf::check::Findings;
 use ferry_perf::exchange::Pair;
-use ferry_perf::frame::{FrameKind, Station, Transport};
+use ferry_perf::frame::{FrameKind, Shape, Station, Transport};
 use ferry_perf::generator::Generator;
 use ferry_perf::guest::GuestSpec;
 use ferry_perf::guest::packed::PackedRing;
@@ -21,7 +21,8 @@ const COUNT: u64 = 1000;
 
 fn streams(kind: FrameKind, connections: u32) -> Vec<(usize, usize, StreamSpec)> {
     let (a, b) = (Station::new(1), Station::new(2));
-    let forth = StreamSpec { kind, from: a, to: b, opener: true, connections, spread: Spread::Uniform };
+    let forth =
+        StreamSpec { kind, from: a, to: b, opener: true, connections, spread: Spread::Uniform, shape: Shape::Plain };
     let back = StreamSpec { from: b, to: a, opener: false, ..forth.clone() };
     vec![(0, 1, forth), (1, 0, back)]
 }

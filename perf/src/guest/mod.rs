@@ -1,6 +1,7 @@
 //! A generated guest: one vhost-user port seen from the driver's side, on the same socket that QEMU would use.
 pub mod memory;
 pub mod packed;
+pub mod pool;
 pub mod ring;
 pub mod session;
 pub mod split;
@@ -22,7 +23,7 @@ pub struct GuestSpec {
     pub frame_bytes: usize,
     /// Bytes of one receive buffer, header included. Longer frames take several (mergeable buffers).
     pub rx_buffer_bytes: u32,
-    /// Negotiates checksum and TCP segmentation offloads.
+    /// Negotiates checksum and TCP segmentation offloads; a switch without them over IPv4 is refused.
     pub offloads: bool,
 }
 
@@ -63,7 +64,7 @@ impl GuestSpec {
 /// An attached guest with its two rings. Field order is drop order: the session ends before the memory goes.
 #[derive(Debug)]
 pub struct Guest<R> {
-    session: Session,
+    session: Option<Session>,
     /// Towards the switch.
     pub tx: R,
     /// From the switch.
@@ -77,29 +78,39 @@ impl<R: DriverRing> Guest<R> {
     /// # Errors
     /// When nobody listens, the switch lacks a feature, or the session breaks off.
     pub fn attach(socket: &Path, spec: &GuestSpec) -> Result<Self> {
+        let mut guest = Self::detached(spec)?;
+        guest.session = Some(Session::start(socket, spec, &guest.memory, [&guest.rx, &guest.tx])?);
+        Ok(guest)
+    }
+
+    /// A guest whose rings nobody serves yet, all receive buffers published.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub fn detached(spec: &GuestSpec) -> Result<Self> {
         let (tx, rx) = (spec.tx(), spec.rx());
         let mut memory = GuestMemory::new(tx.memory() + rx.memory())?;
         let mut rx = R::new(rx, &mut memory)?;
         let tx = R::new(tx, &mut memory)?;
         rx.publish(rx.free());
-        let session = Session::start(socket, spec, &memory, [&rx, &tx])?;
-        Ok(Self { session, tx, rx, memory })
+        Ok(Self { session: None, tx, rx, memory })
     }
 
     /// Notifies the switch where it asks for that. A switch that polls does not.
     #[inline]
     pub fn kick(&self) {
+        let Some(session) = &self.session else { return };
         if self.tx.wants_kick() {
-            self.session.kick(1);
+            session.kick(1);
         }
         if self.rx.wants_kick() {
-            self.session.kick(0);
+            session.kick(0);
         }
     }
 
-    /// The features that were negotiated.
+    /// The features that were negotiated; none without a switch.
     pub fn features(&self) -> u64 {
-        self.session.features()
+        self.session.as_ref().map_or(0, Session::features)
     }
 
     /// Whether its memory consists of huge pages.
@@ -107,8 +118,8 @@ impl<R: DriverRing> Guest<R> {
         self.memory.huge()
     }
 
-    /// Whether the switch still holds the connection.
+    /// Whether a switch holds the connection.
     pub fn alive(&self) -> bool {
-        self.session.alive()
+        self.session.as_ref().is_some_and(Session::alive)
     }
 }

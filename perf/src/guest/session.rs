@@ -72,7 +72,8 @@ impl Session {
         let mut frontend = Frontend::from_stream(stream, 2);
         let offered = frontend.get_features().context("GET_FEATURES")?;
         let packed = if spec.format == RingFormat::Packed { F_RING_PACKED } else { 0 };
-        let needed = F_VERSION_1 | F_PROTOCOL_FEATURES | F_MRG_RXBUF | packed;
+        let offloads = if spec.offloads { F_CSUM | F_GUEST_CSUM | F_HOST_TSO4 | F_GUEST_TSO4 } else { 0 };
+        let needed = F_VERSION_1 | F_PROTOCOL_FEATURES | F_MRG_RXBUF | packed | offloads;
         if offered & needed != needed {
             bail!("the switch offers features {offered:#x}, which lack {:#x}", needed & !offered);
         }

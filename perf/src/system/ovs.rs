@@ -110,12 +110,8 @@ impl Ovs {
     ///
     /// # Errors
     /// When it is not installed, there are no huge pages, or it does not come up; with its log.
-    pub fn start(setup: &Setup, job: Job) -> Result<Self> {
-        let kind = match job {
-            Job::Normal => Kind::OvsL2,
-            Job::OneZone => Kind::OvsCt,
-            Job::ZonePerPort => Kind::OvsCtPerPort,
-        };
+    pub fn start(setup: &Setup, kind: Kind, job: Job) -> Result<Self> {
+        let tso = matches!(kind, Kind::OvsL2Tso | Kind::OvsCtTso);
         let Some(vswitchd) = vswitchd() else {
             bail!("OVS with DPDK is not installed: run `ferry-perf peers --install`")
         };
@@ -143,6 +139,7 @@ impl Ovs {
             "Open_vSwitch",
             ".",
             "other_config:dpdk-init=true",
+            &format!("other_config:userspace-tso-enable={tso}"),
             "other_config:dpdk-socket-mem=768",
             "other_config:dpdk-extra=--in-memory --no-pci --no-telemetry",
             &format!("other_config:dpdk-lcore-mask={}", mask(setup.generator_core)),
@@ -219,7 +216,7 @@ impl System for Ovs {
     }
 
     fn connections(&mut self) -> Result<Option<u64>> {
-        if self.kind == Kind::OvsL2 {
+        if !self.kind.stateful() {
             return Ok(None);
         }
         let text = self.ctl(&["dpctl/ct-get-nconns"])?;
@@ -227,7 +224,7 @@ impl System for Ovs {
     }
 
     fn flush(&mut self) -> Result<()> {
-        if self.kind != Kind::OvsL2 {
+        if self.kind.stateful() {
             self.ctl(&["dpctl/flush-conntrack"])?;
         }
         Ok(())
