@@ -483,6 +483,8 @@ impl<R: DriverRing> Generator<R> {
             self.lanes[*to].expected = Some(Checker::new(&frames));
             self.lanes[*from].prepare(frames, u64::MAX);
         }
+        // From the first frame on: an acknowledgement from long ago is no valid one.
+        self.acknowledge();
         Ok(())
     }
 

@@ -354,7 +354,7 @@ impl<R: DriverRing> Subject<'_, R> {
 
     /// Attaches guests and opens all connections.
     fn open(&mut self, plan: &Plan, workload: &Workload) -> Result<()> {
-        let spec = workload.guests();
+        let spec = GuestSpec { listens: self.system.dials(), ..workload.guests() };
         let sockets = self.system.sockets();
         let mut generator = Generator::<R>::attach(sockets, &spec)?;
         generator.streams(workload.streams());
@@ -467,6 +467,8 @@ pub fn open<R: DriverRing>(generator: &mut Generator<R>, workload: &Workload) ->
                 generator.phase(forth, Step::Syn, n, patience)?;
                 generator.phase(back, Step::SynAck, n, patience)?;
                 generator.phase(forth, Step::Ack, n, patience)?;
+                // The window of a SYN-ACK is not scaled: without this, nobody may send more than 64 KB yet.
+                generator.phase(back, Step::Ack, n, patience)?;
             }
         }
     }

@@ -25,6 +25,8 @@ pub struct GuestSpec {
     pub rx_buffer_bytes: u32,
     /// Negotiates checksum and TCP segmentation offloads; a switch without them over IPv4 is refused.
     pub offloads: bool,
+    /// Listens for a switch that dials, instead of connecting to one that listens.
+    pub listens: bool,
 }
 
 impl GuestSpec {
@@ -36,6 +38,7 @@ impl GuestSpec {
             frame_bytes,
             rx_buffer_bytes: if frame_bytes <= 2036 { 2048 } else { 4096 },
             offloads: false,
+            listens: false,
         }
     }
 
@@ -73,7 +76,7 @@ pub struct Guest<R> {
 }
 
 impl<R: DriverRing> Guest<R> {
-    /// Connects to the socket on which a switch listens and starts both rings, all receive buffers published.
+    /// Connects to the socket on which a switch listens (or waits for it to connect) and starts both rings, all receive buffers published.
     ///
     /// # Errors
     /// When nobody listens, the switch lacks a feature, or the session breaks off.

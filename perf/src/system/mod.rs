@@ -156,6 +156,10 @@ pub trait System: Send {
     fn kind(&self) -> Kind;
     /// Sockets of its ports, on which it listens.
     fn sockets(&self) -> &[PathBuf];
+    /// Whether the guests have to listen on those sockets, and it connects.
+    fn dials(&self) -> bool {
+        false
+    }
     /// Its main process, which has the PMD thread.
     fn process(&mut self) -> &mut Process;
     /// Connections in its tables (of all ports), if it has any.

@@ -169,15 +169,23 @@ impl Ovs {
         for i in 0..setup.ports {
             let name = format!("p{i}");
             let request = format!("ofport_request={}", i + 1);
-            // The kind in which OVS listens; deprecated, but the one that all other systems here have as well.
-            let mut arguments =
-                vec!["add-port", "br0", &name, "--", "set", "Interface", &name, "type=dpdkvhostuser", &request];
+            let path = folder.join(&name);
+            // The kind in which OVS listens; deprecated, but the one that all other systems here have as well. It cannot do
+            // segmentation, the one in which OVS connects can.
+            let kind = match tso {
+                false => vec!["type=dpdkvhostuser".to_owned()],
+                true => {
+                    vec!["type=dpdkvhostuserclient".to_owned(), format!("options:vhost-server-path={}", path.display())]
+                }
+            };
+            let mut arguments = vec!["add-port", "br0", &name, "--", "set", "Interface", &name, &request];
+            arguments.extend(kind.iter().map(String::as_str));
             let mtu = format!("mtu_request={}", setup.mtu);
             if setup.mtu != 1500 {
                 arguments.push(&mtu);
             }
             this(&arguments)?;
-            sockets.push(folder.join(&name));
+            sockets.push(path);
         }
         let file = folder.join("flows");
         std::fs::write(&file, flows(job, setup.ports, setup.rules))?;
@@ -187,7 +195,7 @@ impl Ovs {
                 .arg(format!("unix:{}/br0.mgmt", folder.display()))
                 .arg(&file),
         )?;
-        let wanted = sockets.clone();
+        let wanted = if tso { Vec::new() } else { sockets.clone() };
         switch.wait_for("port sockets", Duration::from_secs(20), |_| wanted.iter().all(|s| s.exists()))?;
         let ovs = Self { kind, switch, _database: database, folder, sockets };
         if setup.connections > 0 && job != Job::Normal {
@@ -209,6 +217,10 @@ impl System for Ovs {
 
     fn sockets(&self) -> &[PathBuf] {
         &self.sockets
+    }
+
+    fn dials(&self) -> bool {
+        matches!(self.kind, Kind::OvsL2Tso | Kind::OvsCtTso)
     }
 
     fn process(&mut self) -> &mut Process {
