@@ -34,16 +34,15 @@ pub fn compare(old: &Run, new: &Run) -> Vec<Change> {
         let Some(o) = old.throughput.iter().find(|o| o.workload.name == n.workload.name) else { continue };
         for system in [Kind::FerryL2, Kind::FerryFirewall] {
             let (Some(of), Some(nf)) = (o.figure(system), n.figure(system)) else { continue };
-            let peer = match (o.figure(Kind::TestpmdIo), n.figure(Kind::TestpmdIo)) {
-                (Some(a), Some(b)) if o.placement() == n.placement() => Some((a.median, b.median)),
-                _ => None,
-            };
-            let (by_old, by_new) = peer.unwrap_or((1.0, 1.0));
+            let both = |&kind: &Kind| Some((kind, o.figure(kind)?.median, n.figure(kind)?.median));
+            let same_place = o.placement() == n.placement();
+            let peer = Kind::TESTPMD.iter().find_map(both).filter(|_| same_place);
+            let (by_old, by_new) = peer.map_or((1.0, 1.0), |p| (p.1, p.2));
             let (a, b) = (of.median / by_old, nf.median / by_new);
             let spread = |f: crate::results::Figure| (f.max - f.min) / f.median / 2.0 / (f.count as f64).sqrt();
             changes.push(Change {
                 name: format!("{} {}", n.workload.name, system.name()),
-                relative_to: if peer.is_some() { Kind::TestpmdIo.name() } else { "absolute" }.into(),
+                relative_to: peer.map_or("absolute", |p| p.0.name()).into(),
                 old: a,
                 new: b,
                 better: b / a - 1.0,
@@ -98,45 +97,13 @@ pub fn table(changes: &[Change], tolerance: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::Findings;
-    use crate::regime::Environment;
-    use crate::results::{Figure, Measurement, Series, Window};
+    use crate::results::test_support::{self, measurement, metric};
     use crate::workload::Workload;
 
-    fn window(mpps: f64) -> Window {
-        Window {
-            mpps,
-            seconds: 1.0,
-            slices: 10,
-            undisturbed: 10,
-            findings: Findings::default(),
-            round_trip_ns: [90.0; 2],
-            switch_waited: 0.0,
-            generator_waited: 0.0,
-            generator_idle: 0.5,
-            steal_ms: 0,
-        }
-    }
-
     fn run(testpmd: f64, ferry: f64, p99: f64) -> Run {
-        let series = |system, mpps: f64| Series {
-            system,
-            windows: [0.99, 1.0, 1.01].map(|k| window(mpps * k)).to_vec(),
-            tracked: None,
-            failure: None,
-        };
-        let workload = Workload::l2(64);
-        let series = vec![series(Kind::TestpmdIo, testpmd), series(Kind::FerryL2, ferry)];
-        let metric = Metric {
-            name: "ping-pong-64 p99".into(),
-            system: Kind::FerryL2,
-            unit: "us".into(),
-            higher_is_better: false,
-            figure: Figure { median: p99, min: p99, max: p99, count: 3 },
-            placement: None,
-        };
-        let throughput = vec![Measurement { workload, series }];
-        Run { format: 1, environment: Environment::default(), throughput, metrics: vec![metric], micro: String::new() }
+        let figures = [(Kind::TestpmdIo, testpmd), (Kind::FerryL2, ferry)];
+        let throughput = vec![measurement(Workload::l2(64), &figures)];
+        test_support::run(throughput, vec![metric("ping-pong-64 p99", Kind::FerryL2, p99)])
     }
 
     #[test]

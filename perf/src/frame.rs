@@ -77,6 +77,9 @@ pub const IMIX: [usize; 12] = [64, 576, 64, 64, 576, 64, 1518, 64, 576, 64, 576,
 /// Average of [`IMIX`], bytes.
 pub const IMIX_AVERAGE_BYTES: f64 = 4270.0 / 12.0;
 
+/// Longest IP packet that switches are told where frames are not longer, bytes: Ethernet's with a VLAN tag's room.
+pub const MTU: usize = 1504;
+
 /// Payload of the segments that a [`Shape::Tso`] frame is to become, bytes: an MTU of 1500 with TCP timestamps, as usual.
 pub const GSO_BYTES: usize = 1448;
 

@@ -19,5 +19,6 @@ pub mod run;
 pub mod settings;
 pub mod stream;
 pub mod system;
+pub mod targets;
 pub mod virtio_user;
 pub mod workload;

@@ -1,13 +1,15 @@
 //! `ferry-perf`: the command line of the benchmark suite.
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use ferry_perf::exchange::MOST_UNDER_WAY;
+use ferry_perf::guest::ring::RingFormat;
 use ferry_perf::hugepages::HugePages;
 use ferry_perf::regime::{self, Environment, Placement};
 use ferry_perf::results::{self, Measurement, Metric, Run};
-use ferry_perf::run::{Bench, Exchange, Plan};
+use ferry_perf::run::{Bench, Exchange, Plan, VirtioUserJob};
 use ferry_perf::system::Kind;
 use ferry_perf::workload::{self, Workload};
-use ferry_perf::{ceiling, compare, peers, report};
+use ferry_perf::{ceiling, compare, peers, report, targets};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -90,6 +92,11 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         output: Option<PathBuf>,
     },
+    /// Prints what Ferry is to reach and what a run has measured of it, as Markdown.
+    Targets {
+        /// Results of `ferry-perf run`.
+        results: PathBuf,
+    },
     /// Compares Ferry's figures of two runs; exit status 1 when one got worse.
     Compare {
         /// Earlier results.
@@ -166,12 +173,14 @@ fn throughput(
 fn exchanges(bench: &mut Bench, rounds: usize, only: Option<&str>, systems: &[Kind]) -> Result<Vec<Metric>> {
     let latency = [Kind::TestpmdIo, Kind::FerryL2, Kind::FerryFirewall, Kind::OvsL2, Kind::OvsCt];
     let stateful = [Kind::TestpmdIo, Kind::FerryFirewall, Kind::OvsCt];
-    let jobs: [(&str, Exchange, &[Kind]); 5] = [
+    let handshakes = |count, under_way, close| Exchange::Handshakes { count, under_way, close };
+    let jobs: [(&str, Exchange, &[Kind]); 6] = [
         ("ping-pong", Exchange::PingPong, &latency),
         ("load-50", Exchange::Loaded(50), &latency),
         ("load-90", Exchange::Loaded(90), &latency),
-        ("handshakes", Exchange::Handshakes(HANDSHAKES), &stateful),
-        ("handshakes-fin", Exchange::HandshakesWithClose(HANDSHAKES), &stateful),
+        ("handshakes", handshakes(HANDSHAKES, MOST_UNDER_WAY, false), &stateful),
+        ("handshakes-alone", handshakes(HANDSHAKES / 4, 1, false), &stateful),
+        ("handshakes-fin", handshakes(HANDSHAKES, MOST_UNDER_WAY, true), &stateful),
     ];
     let mut all = Vec::new();
     for (name, job, kinds) in jobs {
@@ -186,15 +195,30 @@ fn exchanges(bench: &mut Bench, rounds: usize, only: Option<&str>, systems: &[Ki
         print!("{}", results::metrics_table(&metrics));
         all.extend(metrics);
     }
-    for bytes in [64, 512, 1518].into_iter().filter(|_| only.is_none_or(|o| "virtio-user".contains(o))) {
-        let kinds = [Kind::TestpmdIo, Kind::FerryL2, Kind::OvsL2];
+    all.extend(virtio_user(bench, rounds, only, systems)?);
+    Ok(all)
+}
+
+/// Throughput with DPDK's own virtio driver.
+fn virtio_user(bench: &mut Bench, rounds: usize, only: Option<&str>, systems: &[Kind]) -> Result<Vec<Metric>> {
+    let mut all = Vec::new();
+    for stateful in [false, true] {
+        let kinds = [Kind::TestpmdIo, if stateful { Kind::FerryFirewallOpen } else { Kind::FerryL2 }];
         let kinds: Vec<Kind> = kinds.into_iter().filter(|k| systems.is_empty() || systems.contains(k)).collect();
-        let (metrics, failures) = bench.virtio_user(bytes, &kinds, rounds)?;
-        for (kind, why) in failures {
-            eprintln!("virtio-user: {}: {why}", kind.name());
+        for rings in [RingFormat::Split, RingFormat::Packed] {
+            for frame_bytes in [64, 512, 1518] {
+                let job = VirtioUserJob { frame_bytes, rings, stateful };
+                if only.is_some_and(|o| !job.name().contains(o)) {
+                    continue;
+                }
+                let (metrics, failures) = bench.virtio_user(job, &kinds, rounds)?;
+                for (kind, why) in failures {
+                    eprintln!("{}: {}: {why}", job.name(), kind.name());
+                }
+                print!("{}", results::metrics_table(&metrics));
+                all.extend(metrics);
+            }
         }
-        print!("{}", results::metrics_table(&metrics));
-        all.extend(metrics);
     }
     Ok(all)
 }
@@ -260,7 +284,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 write(&output.with_extension("html"), &report::html(&run))
             };
             let mut bench = Bench::new(plan)?;
-            let metrics = if *throughput_only { Vec::new() } else { exchanges(&mut bench, 5, None, &[])? };
+            let mut metrics = Vec::new();
+            if !throughput_only {
+                metrics.extend(ceiling::ceiling(generator_core, switch_core, 5, Duration::from_millis(300))?);
+                print!("{}", results::metrics_table(&metrics));
+                metrics.extend(exchanges(&mut bench, 5, only.as_deref(), systems)?);
+            }
             save(&[], &metrics)?;
             throughput(&mut bench, &workloads, |done| save(done, &metrics))?;
             println!("{}\n{}", output.display(), output.with_extension("html").display());
@@ -275,6 +304,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             write(&page, &report::html(&read(results)?))?;
             println!("{}", page.display());
         }
+        Command::Targets { results } => print!("{}", targets::markdown(&targets::targets(&read(results)?))),
         Command::Compare { old, new, tolerance } => {
             let changes = compare::compare(&read(old)?, &read(new)?);
             print!("{}", compare::table(&changes, tolerance / 100.0));

@@ -333,3 +333,48 @@ pub fn metrics_table(metrics: &[Metric]) -> String {
     }
     t
 }
+
+/// Results for tests.
+#[cfg(test)]
+pub(crate) mod test_support {
+    use super::*;
+
+    /// An undisturbed window.
+    pub fn window(mpps: f64) -> Window {
+        Window {
+            mpps,
+            seconds: 1.0,
+            slices: 10,
+            undisturbed: 10,
+            findings: Findings::default(),
+            round_trip_ns: [90.0; 2],
+            switch_waited: 0.0,
+            generator_waited: 0.0,
+            generator_idle: 0.5,
+            steal_ms: 0,
+        }
+    }
+
+    /// A workload with three windows about these figures.
+    pub fn measurement(workload: Workload, figures: &[(Kind, f64)]) -> Measurement {
+        let series = figures.iter().map(|&(system, mpps)| Series {
+            system,
+            windows: [0.99, 1.0, 1.01].map(|k| window(mpps * k)).to_vec(),
+            tracked: None,
+            failure: None,
+        });
+        Measurement { workload, series: series.collect() }
+    }
+
+    /// A metric of this value, less being better for times.
+    pub fn metric(name: &str, system: Kind, value: f64) -> Metric {
+        let figure = Figure { median: value, min: value, max: value, count: 3 };
+        let higher_is_better = !name.contains(" p");
+        Metric { name: name.into(), system, unit: "us".into(), higher_is_better, figure, placement: None }
+    }
+
+    /// A run of these.
+    pub fn run(throughput: Vec<Measurement>, metrics: Vec<Metric>) -> Run {
+        Run { format: 1, environment: Environment::default(), throughput, metrics, micro: String::new() }
+    }
+}

@@ -1,5 +1,5 @@
 //! Workloads: what is sent, and which switches it is sent through.
-use crate::frame::{FrameKind, IMIX, IMIX_AVERAGE_BYTES, Shape, Station, TSO_FRAME_BYTES, Transport};
+use crate::frame::{FrameKind, IMIX, IMIX_AVERAGE_BYTES, MTU, Shape, Station, TSO_FRAME_BYTES, Transport};
 use crate::guest::GuestSpec;
 use crate::guest::ring::RingFormat;
 use crate::stream::{Spread, StreamSpec};
@@ -103,9 +103,13 @@ impl Workload {
 
     /// With the kernel, in the form that does the same job.
     pub fn kernel(mut self) -> Self {
-        let stateful = self.systems.iter().any(|s| s.stateful());
-        self.systems.push(if stateful { Kind::KernelFirewall } else { Kind::KernelL2 });
+        self.systems.push(if self.stateful_systems() { Kind::KernelFirewall } else { Kind::KernelL2 });
         self
+    }
+
+    /// Whether some of its switches are stateful.
+    pub fn stateful_systems(&self) -> bool {
+        self.systems.iter().any(|s| s.stateful())
     }
 
     /// The first pairs of guests of 16 ports are busy.
@@ -116,8 +120,8 @@ impl Workload {
     /// Longest IP packet that the switches are told, bytes.
     pub fn mtu(&self) -> usize {
         match self.shape {
-            Shape::Tso => 1504,
-            _ => self.frame_bytes.saturating_sub(14).max(1504),
+            Shape::Tso => MTU,
+            _ => self.frame_bytes.saturating_sub(14).max(MTU),
         }
     }
 

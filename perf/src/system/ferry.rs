@@ -34,9 +34,27 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// What the ports' firewalls let pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Firewall {
+    /// There are none.
+    Off,
+    /// Connections from station to station, to the answerer's ports.
+    On,
+    /// Connections from any address to any port.
+    Open,
+}
+
+impl From<bool> for Firewall {
+    fn from(on: bool) -> Self {
+        if on { Self::On } else { Self::Off }
+    }
+}
+
 /// The configuration: port `n` belongs to station `n`.
-pub fn config(setup: &Setup, kind: Kind, api: &Path, sockets: &[PathBuf]) -> String {
-    let (firewall, open) = (kind.stateful(), kind == Kind::FerryFirewallOpen);
+pub fn config(setup: &Setup, firewall: impl Into<Firewall>, api: &Path, sockets: &[PathBuf]) -> String {
+    let firewall = firewall.into();
+    let (firewall, open) = (firewall != Firewall::Off, firewall == Firewall::Open);
     let mut t = String::new();
     // Writing to a String cannot fail.
     let _ = write!(
@@ -110,7 +128,11 @@ impl Ferry {
         let sockets = socket_paths(&folder, setup.ports);
         let api = folder.join("api.sock");
         let file = folder.join("ferry.toml");
-        std::fs::write(&file, config(setup, kind, &api, &sockets))?;
+        let firewall = match kind {
+            Kind::FerryFirewallOpen => Firewall::Open,
+            _ => kind.stateful().into(),
+        };
+        std::fs::write(&file, config(setup, firewall, &api, &sockets))?;
         let mut command = Command::new("taskset");
         // Everything but the PMD thread, which pins itself, stays with the generator's core.
         command.args(["-c", &setup.generator_core.to_string()]);
