@@ -1,13 +1,15 @@
 //! `ferry-perf`: the command line of the benchmark suite.
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use ferry_perf::exchange::MOST_UNDER_WAY;
+use ferry_perf::guest::ring::RingFormat;
 use ferry_perf::hugepages::HugePages;
 use ferry_perf::regime::{self, Environment, Placement};
 use ferry_perf::results::{self, Measurement, Metric, Run};
-use ferry_perf::run::{Bench, Exchange, Plan};
+use ferry_perf::run::{Bench, Exchange, Plan, VirtioUserJob};
 use ferry_perf::system::Kind;
 use ferry_perf::workload::{self, Workload};
-use ferry_perf::{compare, costs, peers, report};
+use ferry_perf::{ceiling, compare, costs, peers, report, targets};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -57,8 +59,11 @@ enum Command {
         /// Only workloads whose name contains this.
         #[arg(long, value_name = "TEXT")]
         only: Option<String>,
+        /// Only these systems.
+        #[arg(long, value_delimiter = ',')]
+        systems: Vec<Kind>,
         /// Most time for one workload's windows, seconds.
-        #[arg(long, value_name = "S", default_value_t = 30)]
+        #[arg(long, value_name = "S", default_value_t = 25)]
         budget_s: u64,
         /// No latency and no rate of connections.
         #[arg(long)]
@@ -100,6 +105,11 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         output: Option<PathBuf>,
     },
+    /// Prints what Ferry is to reach and what a run has measured of it, as Markdown.
+    Targets {
+        /// Results of `ferry-perf run`.
+        results: PathBuf,
+    },
     /// Compares Ferry's figures of two runs; exit status 1 when one got worse.
     Compare {
         /// Earlier results.
@@ -116,6 +126,15 @@ enum Command {
         #[arg(long)]
         install: bool,
     },
+    /// Shows what the generator could do if a switch cost nothing: the most that can be measured here.
+    Ceiling {
+        /// Windows of each kind.
+        #[arg(long, default_value_t = 5)]
+        windows: usize,
+        /// Length of a window, milliseconds.
+        #[arg(long, value_name = "MS", default_value_t = 300)]
+        window_ms: u64,
+    },
     /// Shows the machine's regime: watches how near the two cores are.
     Probe {
         /// Seconds to watch.
@@ -128,7 +147,7 @@ enum Command {
 const COST_ROUNDS: usize = 10;
 
 /// Huge pages for two OVS, one testpmd and the guests, of 2 MiB.
-const HUGE_PAGES: u64 = 1200;
+const HUGE_PAGES: u64 = 1300;
 
 fn main() -> ExitCode {
     match run(&Cli::parse()) {
@@ -148,7 +167,10 @@ fn throughput(
 ) -> Result<Vec<Measurement>> {
     let most = workloads.iter().map(|w| w.connections).max().unwrap_or(1);
     let mut done = Vec::new();
-    for w in workloads {
+    let estimate: Duration = workloads.iter().map(|w| bench.plan().estimate(w)).sum();
+    eprintln!("{} workloads, about {} minutes", workloads.len(), estimate.as_secs().div_ceil(60));
+    for (w, n) in workloads.iter().zip(1..) {
+        eprintln!("[{n}/{}] {}", workloads.len(), w.name);
         let m = bench.measure(w, most)?;
         for s in m.series.iter().filter(|s| s.failure.is_some()) {
             eprintln!("{}: {}: {}", w.name, s.system.name(), s.failure.as_deref().unwrap_or(""));
@@ -167,12 +189,14 @@ fn throughput(
 fn exchanges(bench: &mut Bench, rounds: usize, only: Option<&str>, systems: &[Kind]) -> Result<Vec<Metric>> {
     let latency = [Kind::TestpmdIo, Kind::FerryL2, Kind::FerryFirewall, Kind::OvsL2, Kind::OvsCt];
     let stateful = [Kind::TestpmdIo, Kind::FerryFirewall, Kind::OvsCt];
-    let jobs: [(&str, Exchange, &[Kind]); 5] = [
+    let handshakes = |count, under_way, close| Exchange::Handshakes { count, under_way, close };
+    let jobs: [(&str, Exchange, &[Kind]); 6] = [
         ("ping-pong", Exchange::PingPong, &latency),
         ("load-50", Exchange::Loaded(50), &latency),
         ("load-90", Exchange::Loaded(90), &latency),
-        ("handshakes", Exchange::Handshakes(HANDSHAKES), &stateful),
-        ("handshakes-fin", Exchange::HandshakesWithClose(HANDSHAKES), &stateful),
+        ("handshakes", handshakes(HANDSHAKES, MOST_UNDER_WAY, false), &stateful),
+        ("handshakes-alone", handshakes(HANDSHAKES / 4, 1, false), &stateful),
+        ("handshakes-fin", handshakes(HANDSHAKES, MOST_UNDER_WAY, true), &stateful),
     ];
     let mut all = Vec::new();
     for (name, job, kinds) in jobs {
@@ -187,17 +211,40 @@ fn exchanges(bench: &mut Bench, rounds: usize, only: Option<&str>, systems: &[Ki
         print!("{}", results::metrics_table(&metrics));
         all.extend(metrics);
     }
-    for bytes in [64, 512, 1518].into_iter().filter(|_| only.is_none_or(|o| "virtio-user".contains(o))) {
-        let kinds = [Kind::TestpmdIo, Kind::FerryL2, Kind::OvsL2];
+    all.extend(virtio_user(bench, rounds, only, systems)?);
+    Ok(all)
+}
+
+/// Throughput with DPDK's own virtio driver.
+fn virtio_user(bench: &mut Bench, rounds: usize, only: Option<&str>, systems: &[Kind]) -> Result<Vec<Metric>> {
+    let mut all = Vec::new();
+    for stateful in [false, true] {
+        let kinds = [Kind::TestpmdIo, if stateful { Kind::FerryFirewallOpen } else { Kind::FerryL2 }];
         let kinds: Vec<Kind> = kinds.into_iter().filter(|k| systems.is_empty() || systems.contains(k)).collect();
-        let (metrics, failures) = bench.virtio_user(bytes, &kinds, rounds)?;
-        for (kind, why) in failures {
-            eprintln!("virtio-user: {}: {why}", kind.name());
+        for rings in [RingFormat::Split, RingFormat::Packed] {
+            for frame_bytes in [64, 512, 1518] {
+                let job = VirtioUserJob { frame_bytes, rings, stateful };
+                if only.is_some_and(|o| !job.name().contains(o)) {
+                    continue;
+                }
+                let (metrics, failures) = bench.virtio_user(job, &kinds, rounds)?;
+                for (kind, why) in failures {
+                    eprintln!("{}: {}: {why}", job.name(), kind.name());
+                }
+                print!("{}", results::metrics_table(&metrics));
+                all.extend(metrics);
+            }
         }
-        print!("{}", results::metrics_table(&metrics));
-        all.extend(metrics);
     }
     Ok(all)
+}
+
+/// Leaves only these systems of each workload, if any are named.
+fn select(workloads: &mut Vec<Workload>, systems: &[Kind]) {
+    for w in &mut *workloads {
+        w.systems.retain(|s| systems.is_empty() || systems.contains(s));
+    }
+    workloads.retain(|w| !w.systems.is_empty());
 }
 
 fn read(file: &Path) -> Result<Run> {
@@ -224,9 +271,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             plan.wanted = windows.unwrap_or(plan.wanted);
             let mut workloads = workload::quick();
             workloads.retain(|w| only.as_ref().is_none_or(|o| w.name.contains(o.as_str())));
-            for w in &mut workloads {
-                w.systems.retain(|s| systems.is_empty() || systems.contains(s));
-            }
+            select(&mut workloads, systems);
             let _pages = HugePages::reserve(HUGE_PAGES)?;
             let done = throughput(&mut Bench::new(plan)?, &workloads, |_| Ok(()))?;
             if let Some(file) = json {
@@ -234,12 +279,13 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 write(file, &(serde_json::to_string_pretty(&rows)? + "\n"))?;
             }
         }
-        Command::Run { output, only, budget_s, throughput_only, micro } => {
+        Command::Run { output, only, systems, budget_s, throughput_only, micro } => {
             let micro =
                 micro.as_deref().map(std::fs::read_to_string).transpose().context("--micro")?.unwrap_or_default();
             let plan = Plan { budget: Duration::from_secs(*budget_s), ..Plan::full(generator_core, switch_core) };
             let mut workloads = workload::full();
             workloads.retain(|w| only.as_ref().is_none_or(|o| w.name.contains(o.as_str())));
+            select(&mut workloads, systems);
             let _pages = HugePages::reserve(HUGE_PAGES)?;
             let environment = environment()?;
             let save = |throughput: &[Measurement], metrics: &[Metric]| {
@@ -254,13 +300,17 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 write(&output.with_extension("html"), &report::html(&run))
             };
             let mut bench = Bench::new(plan)?;
-            let metrics = if *throughput_only { Vec::new() } else { exchanges(&mut bench, 5, None, &[])? };
+            let mut metrics = Vec::new();
+            if !throughput_only {
+                metrics.extend(ceiling::ceiling(generator_core, switch_core, 5, Duration::from_millis(300))?);
+                print!("{}", results::metrics_table(&metrics));
+                metrics.extend(exchanges(&mut bench, 5, only.as_deref(), systems)?);
+            }
             save(&[], &metrics)?;
             let done = throughput(&mut bench, &workloads, |done| save(done, &metrics))?;
             // Its switches are in the way of others.
             drop(bench);
             if !*throughput_only {
-                let mut metrics = metrics;
                 let terms = costs::terms(generator_core, switch_core, COST_ROUNDS);
                 let only = only.as_deref();
                 costs::measure(&terms, only, |new| {
@@ -293,6 +343,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             write(&page, &report::html(&read(results)?))?;
             println!("{}", page.display());
         }
+        Command::Targets { results } => print!("{}", targets::markdown(&targets::targets(&read(results)?))),
         Command::Compare { old, new, tolerance } => {
             let changes = compare::compare(&read(old)?, &read(new)?);
             print!("{}", compare::table(&changes, tolerance / 100.0));
@@ -314,6 +365,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             if lines.iter().any(Result::is_err) {
                 return Ok(ExitCode::FAILURE);
             }
+        }
+        Command::Ceiling { windows, window_ms } => {
+            let _pages = HugePages::reserve(16)?;
+            let window = Duration::from_millis(*window_ms);
+            let metrics = ceiling::ceiling(generator_core, switch_core, *windows, window)?;
+            print!("{}", results::metrics_table(&metrics));
         }
         Command::Probe { seconds } => {
             println!("{}", serde_json::to_string_pretty(&environment()?)?);

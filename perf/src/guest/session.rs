@@ -4,7 +4,7 @@ use super::memory::{GUEST_BASE, GuestMemory};
 use super::ring::{DriverRing, RingFormat};
 use anyhow::{Context, Result, bail};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
@@ -61,6 +61,27 @@ fn connect(socket: &Path) -> Result<UnixStream> {
     }
 }
 
+/// Listens until a switch connects, 20 s at most: those that dial try again every second or so.
+fn accept(socket: &Path) -> Result<UnixStream> {
+    // Left by an earlier guest, or not there.
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket).with_context(|| socket.display().to_string())?;
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
+            }
+            Err(e) if Instant::now() > deadline => {
+                return Err(e).with_context(|| format!("no switch connects to {}", socket.display()));
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
 impl Session {
     /// Leads the session up to both rings being enabled. `rings` are receive and transmit ring.
     pub(super) fn start<R: DriverRing>(
@@ -69,14 +90,15 @@ impl Session {
         memory: &GuestMemory,
         rings: [&R; 2],
     ) -> Result<Self> {
-        let stream = connect(socket)?;
+        let stream = if spec.listens { accept(socket)? } else { connect(socket)? };
         // A switch that stops answering must not hang the suite.
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
         let probe = stream.try_clone()?;
         let mut frontend = Frontend::from_stream(stream, 2);
         let offered = frontend.get_features().context("GET_FEATURES")?;
         let packed = if spec.format == RingFormat::Packed { F_RING_PACKED } else { 0 };
-        let needed = F_VERSION_1 | F_PROTOCOL_FEATURES | F_MRG_RXBUF | packed;
+        let offloads = if spec.offloads { F_CSUM | F_GUEST_CSUM | F_HOST_TSO4 | F_GUEST_TSO4 } else { 0 };
+        let needed = F_VERSION_1 | F_PROTOCOL_FEATURES | F_MRG_RXBUF | packed | offloads;
         if offered & needed != needed {
             bail!("the switch offers features {offered:#x}, which lack {:#x}", needed & !offered);
         }
