@@ -326,7 +326,6 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             exchanges(&mut bench, *rounds, only.as_deref(), systems)?;
         }
         Command::Costs { rounds, only, json } => {
-            let _pages = HugePages::reserve(HUGE_PAGES)?;
             let mut all = Vec::new();
             let terms = costs::terms(generator_core, switch_core, *rounds);
             let failed = costs::measure(&terms, only.as_deref(), |new| {

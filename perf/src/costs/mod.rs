@@ -12,6 +12,7 @@ mod switch;
 mod window;
 
 use crate::affinity;
+use crate::hugepages::HugePages;
 use crate::results::{Figure, Metric, metrics_table};
 use crate::system::Kind;
 use anyhow::{Context, Result};
@@ -46,7 +47,17 @@ const JOBS: [(&str, Job, bool); 8] = [
 ];
 
 impl Job {
+    /// Huge pages of 2 MiB for guests, and for peers.
+    fn huge_pages(self) -> u64 {
+        match self {
+            Self::FinalDelta | Self::Stages | Self::Downtime => 0,
+            Self::Logging | Self::Tracking(_) | Self::Scaling => 64,
+            Self::Idle => 1200,
+        }
+    }
+
     fn measure(self, terms: &Terms, folder: &Path) -> Result<Vec<Metric>> {
+        let _pages = HugePages::reserve(self.huge_pages())?;
         match self {
             Self::FinalDelta => final_delta::final_delta(terms.rounds.min(5)),
             Self::Logging => live::logging(terms, folder),
