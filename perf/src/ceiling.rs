@@ -71,12 +71,21 @@ impl Device {
         if !self.packed {
             return self.index(1).load(Ordering::Acquire).wrapping_sub(self.position).min(most);
         }
-        let ready = |&i: &u16| {
-            let (slot, wrap) = self.slot(i);
-            let flags = (self.state(slot).load(Ordering::Acquire) >> 48) as u16;
-            (flags & 1 << 7 != 0) == wrap && (flags & 1 << 15 != 0) != wrap
-        };
-        (0..most).take_while(ready).count() as u16
+        (0..most).take_while(|&i| self.published(i)).count() as u16
+    }
+
+    /// Packed: whether the driver has made the descriptor `i` after the next one available.
+    #[inline]
+    fn published(&self, i: u16) -> bool {
+        let (slot, wrap) = self.slot(i);
+        let flags = (self.state(slot).load(Ordering::Acquire) >> 48) as u16;
+        (flags & 1 << 7 != 0) == wrap && (flags & 1 << 15 != 0) != wrap
+    }
+
+    /// Whether at least `count` buffers are available, at the cost of one look.
+    #[inline]
+    fn ready(&self, count: u16) -> bool {
+        if self.packed { self.published(count - 1) } else { self.available(count) == count }
     }
 
     /// Gives the next `count` buffers back, each with `len` bytes written.
@@ -127,13 +136,13 @@ struct Way {
 impl Way {
     #[inline]
     fn turn(&mut self) -> bool {
-        let count = self.to.available(self.from.available(BURST));
         // Handing back a few at a time would send the rings' cache lines to and fro more often than any switch does.
-        if count < BURST / 2 && self.waited < PATIENCE {
+        if !(self.from.ready(BURST / 2) && self.to.ready(BURST / 2)) && self.waited < PATIENCE {
             self.waited += 1;
             return false;
         }
         self.waited = 0;
+        let count = self.to.available(self.from.available(BURST));
         if count > 0 {
             self.from.hand_back(count, 0);
             self.to.hand_back(count, self.len);

@@ -289,8 +289,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let mut bench = Bench::new(plan)?;
             let mut metrics = Vec::new();
             if !throughput_only {
-                metrics.extend(ceiling::ceiling(generator_core, switch_core, *rounds, Duration::from_millis(300))?);
-                print!("{}", results::metrics_table(&metrics));
+                if only.as_ref().is_none_or(|o| "ceiling".contains(o.as_str())) {
+                    metrics = ceiling::ceiling(generator_core, switch_core, *rounds, Duration::from_millis(300))?;
+                    print!("{}", results::metrics_table(&metrics));
+                }
                 metrics.extend(exchanges(&mut bench, *rounds, only.as_deref(), systems)?);
             }
             save(&[], &metrics)?;
