@@ -71,26 +71,45 @@ impl Device {
         if !self.packed {
             return self.index(1).load(Ordering::Acquire).wrapping_sub(self.position).min(most);
         }
-        let ready = |&i: &u16| {
-            let (slot, wrap) = self.slot(i);
-            let flags = (self.state(slot).load(Ordering::Acquire) >> 48) as u16;
-            (flags & 1 << 7 != 0) == wrap && (flags & 1 << 15 != 0) != wrap
-        };
-        (0..most).take_while(ready).count() as u16
+        (0..most).take_while(|&i| self.published(i)).count() as u16
+    }
+
+    /// Packed: whether the driver has made the descriptor `i` after the next one available.
+    #[inline]
+    fn published(&self, i: u16) -> bool {
+        let (slot, wrap) = self.slot(i);
+        let flags = (self.state(slot).load(Ordering::Acquire) >> 48) as u16;
+        (flags & 1 << 7 != 0) == wrap && (flags & 1 << 15 != 0) != wrap
+    }
+
+    /// Whether at least `count` buffers are available, at the cost of one look.
+    #[inline]
+    fn ready(&self, count: u16) -> bool {
+        if self.packed { self.published(count - 1) } else { self.available(count) == count }
     }
 
     /// Gives the next `count` buffers back, each with `len` bytes written.
     #[inline]
     fn hand_back(&mut self, count: u16, len: u32) {
+        if self.packed { self.hand_back_packed(count, len) } else { self.hand_back_split(count, len) }
+    }
+
+    /// From the last back to the first, so that the driver finds all of them or none.
+    #[inline]
+    fn hand_back_packed(&mut self, count: u16, len: u32) {
+        for i in (0..count).rev() {
+            let (slot, wrap) = self.slot(i);
+            let state = self.state(slot);
+            let id = (state.load(Ordering::Relaxed) >> 32) & 0xffff;
+            let flags = if wrap { USED | DESC_WRITE } else { DESC_WRITE };
+            state.store(u64::from(len) | id << 32 | u64::from(flags) << 48, Ordering::Release);
+        }
+        (self.position, self.wrap) = self.slot(count);
+    }
+
+    #[inline]
+    fn hand_back_split(&mut self, count: u16, len: u32) {
         for i in 0..count {
-            if self.packed {
-                let (slot, wrap) = self.slot(i);
-                let state = self.state(slot);
-                let id = (state.load(Ordering::Relaxed) >> 32) & 0xffff;
-                let flags = if wrap { USED | DESC_WRITE } else { DESC_WRITE };
-                state.store(u64::from(len) | id << 32 | u64::from(flags) << 48, Ordering::Release);
-                continue;
-            }
             let place = usize::from(self.position.wrapping_add(i) & (self.size - 1));
             // SAFETY: entries of the available ring (2 bytes from 4 on) and of the used ring (8 bytes from 4 on): inside,
             // aligned, accessed by atomics only.
@@ -101,12 +120,8 @@ impl Device {
                 AtomicU32::from_ptr(entry.add(1)).store(len, Ordering::Relaxed);
             }
         }
-        if self.packed {
-            (self.position, self.wrap) = self.slot(count);
-        } else {
-            self.position = self.position.wrapping_add(count);
-            self.index(2).store(self.position, Ordering::Release);
-        }
+        self.position = self.position.wrapping_add(count);
+        self.index(2).store(self.position, Ordering::Release);
     }
 }
 
@@ -121,13 +136,13 @@ struct Way {
 impl Way {
     #[inline]
     fn turn(&mut self) -> bool {
-        let count = self.to.available(self.from.available(BURST));
         // Handing back a few at a time would send the rings' cache lines to and fro more often than any switch does.
-        if count < BURST / 2 && self.waited < PATIENCE {
+        if !(self.from.ready(BURST / 2) && self.to.ready(BURST / 2)) && self.waited < PATIENCE {
             self.waited += 1;
             return false;
         }
         self.waited = 0;
+        let count = self.to.available(self.from.available(BURST));
         if count > 0 {
             self.from.hand_back(count, 0);
             self.to.hand_back(count, self.len);
@@ -223,7 +238,7 @@ pub fn ceiling(generator_core: usize, switch_core: usize, rounds: usize, window:
             (RingFormat::Packed, true),
             (RingFormat::Packed, false),
         ];
-        let mut values: [Vec<(Option<Placement>, f64)>; 4] = Default::default();
+        let mut values: [Vec<(Option<Placement>, Tally)>; 4] = Default::default();
         for _ in 0..rounds {
             for ((format, both), values) in jobs.into_iter().zip(&mut values) {
                 let before = regime::round_trip_ns(generator_core, switch_core)?;
@@ -233,25 +248,25 @@ pub fn ceiling(generator_core: usize, switch_core: usize, rounds: usize, window:
                 };
                 let after = regime::round_trip_ns(generator_core, switch_core)?;
                 let [before, after] = [before, after].map(Placement::of);
-                values.push(((before == after).then_some(before), tally?.mpps()));
+                values.push(((before == after).then_some(before), tally?));
             }
         }
-        let metrics = jobs.iter().zip(&values).filter_map(|((format, both), values)| {
+        let metrics = jobs.iter().zip(&values).flat_map(|((format, both), values)| {
             let near = values.iter().any(|v| v.0 == Some(Placement::Near));
             let placement = near.then_some(Placement::Near);
-            let counted: Vec<f64> = values.iter().filter(|v| !near || v.0 == placement).map(|v| v.1).collect();
+            let of = |value: fn(&Tally) -> f64| {
+                let counted = values.iter().filter(|v| !near || v.0 == placement).map(|v| value(&v.1));
+                Figure::of(&counted.collect::<Vec<_>>())
+            };
             let rings = if *format == RingFormat::Split { "split" } else { "packed" };
-            Some(Metric {
-                name: format!(
-                    "generator's ceiling, {rings} rings, {}",
-                    if *both { "both directions" } else { "one way" }
-                ),
-                system: Kind::Turnaround,
-                unit: "Mpps".into(),
-                higher_is_better: true,
-                figure: Figure::of(&counted)?,
-                placement,
-            })
+            let name = format!("generator's ceiling, {rings} rings, {}", if *both { "both ways" } else { "one way" });
+            let metric = |name: String, unit: &str, higher_is_better, figure: Option<Figure>| {
+                let system = Kind::Turnaround;
+                figure.map(|figure| Metric { name, system, unit: unit.into(), higher_is_better, figure, placement })
+            };
+            // The share of turns without work tells whether the generator is the slower side.
+            let idle = metric(format!("{name}, idle"), "%", false, of(|t| t.idle * 100.0));
+            [metric(name, "Mpps", true, of(Tally::mpps)), idle].into_iter().flatten().collect::<Vec<_>>()
         });
         anyhow::Ok(metrics.collect())
     });

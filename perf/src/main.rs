@@ -51,7 +51,7 @@ enum Command {
         #[arg(long)]
         windows: Option<usize>,
     },
-    /// All workloads, with connection rate and latency. Takes about half an hour.
+    /// All workloads, with connection rate and latency. Takes about forty minutes.
     Run {
         /// Where the results go (JSON); the report goes beside it.
         #[arg(long, value_name = "FILE", default_value = "target/perf/results.json")]
@@ -65,6 +65,9 @@ enum Command {
         /// Most time for one workload's windows, seconds.
         #[arg(long, value_name = "S", default_value_t = 25)]
         budget_s: u64,
+        /// Turns of each switch when latency and connection rate are measured.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
         /// No latency and no rate of connections.
         #[arg(long)]
         throughput_only: bool,
@@ -279,7 +282,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 write(file, &(serde_json::to_string_pretty(&rows)? + "\n"))?;
             }
         }
-        Command::Run { output, only, systems, budget_s, throughput_only, micro } => {
+        Command::Run { output, only, systems, budget_s, rounds, throughput_only, micro } => {
             let micro =
                 micro.as_deref().map(std::fs::read_to_string).transpose().context("--micro")?.unwrap_or_default();
             let plan = Plan { budget: Duration::from_secs(*budget_s), ..Plan::full(generator_core, switch_core) };
@@ -302,22 +305,25 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let mut bench = Bench::new(plan)?;
             let mut metrics = Vec::new();
             if !throughput_only {
-                metrics.extend(ceiling::ceiling(generator_core, switch_core, 5, Duration::from_millis(300))?);
-                print!("{}", results::metrics_table(&metrics));
-                metrics.extend(exchanges(&mut bench, 5, only.as_deref(), systems)?);
+                if only.as_ref().is_none_or(|o| "ceiling".contains(o.as_str())) {
+                    metrics = ceiling::ceiling(generator_core, switch_core, *rounds, Duration::from_millis(300))?;
+                    print!("{}", results::metrics_table(&metrics));
+                }
+                metrics.extend(exchanges(&mut bench, *rounds, only.as_deref(), systems)?);
             }
             save(&[], &metrics)?;
             let done = throughput(&mut bench, &workloads, |done| save(done, &metrics))?;
             // Its switches are in the way of others.
             drop(bench);
-            if !*throughput_only {
-                let terms = costs::terms(generator_core, switch_core, COST_ROUNDS);
+            if !*throughput_only && (systems.is_empty() || systems.iter().any(|s| s.is_ferry())) {
+                let terms = costs::terms(generator_core, switch_core, 2 * rounds);
                 let only = only.as_deref();
                 costs::measure(&terms, only, |new| {
                     metrics.extend_from_slice(new);
                     save(&done, &metrics)
                 })?;
             }
+            print!("{}", targets::markdown(&targets::targets(&read(output)?)));
             println!("{}\n{}", output.display(), output.with_extension("html").display());
         }
         Command::Exchange { rounds, only, systems } => {

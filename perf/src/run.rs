@@ -388,6 +388,8 @@ impl<R: DriverRing> Subject<'_, R> {
         let sockets = self.system.sockets();
         let mut generator = Generator::<R>::attach(sockets, &spec)?;
         generator.streams(workload.streams());
+        // Noticing guests is the work of a switch's other threads, some of which it may only start for that.
+        ready(&mut generator, workload)?;
         let _urgency = Urgent::new(self.system.process().id(), plan.switch_core)?;
         open(&mut generator, workload)?;
         self.generator = Some(generator);
@@ -479,26 +481,36 @@ impl Drop for Urgent {
     }
 }
 
+/// Waits until the switch forwards between the guests of each pair.
+///
+/// # Errors
+/// When frames do not arrive within 10 s.
+pub fn ready<R: DriverRing>(generator: &mut Generator<R>, workload: &Workload) -> Result<()> {
+    let first = match workload.transport {
+        Transport::Udp => Step::Data,
+        Transport::Tcp => Step::Syn,
+    };
+    for pair in 0..workload.busy_pairs {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while let Err(e) = generator.phase(2 * pair, first, 1, Duration::from_millis(100)) {
+            if Instant::now() > deadline {
+                return Err(e.context("the switch does not forward"));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Waits until the switch forwards and opens all connections of the workload.
 ///
 /// # Errors
 /// When frames do not arrive.
 pub fn open<R: DriverRing>(generator: &mut Generator<R>, workload: &Workload) -> Result<()> {
+    ready(generator, workload)?;
     let patience = Duration::from_secs(2);
     let n = u64::from(workload.connections);
     for pair in 0..workload.busy_pairs {
         let (forth, back) = (2 * pair, 2 * pair + 1);
-        let first = match workload.transport {
-            Transport::Udp => Step::Data,
-            Transport::Tcp => Step::Syn,
-        };
-        // Switches take a moment to notice guests.
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while let Err(e) = generator.phase(forth, first, 1, Duration::from_millis(100)) {
-            if Instant::now() > deadline {
-                return Err(e.context("the switch does not forward"));
-            }
-        }
         match workload.transport {
             Transport::Udp => {
                 generator.phase(forth, Step::Data, n, patience)?;

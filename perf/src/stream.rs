@@ -293,20 +293,30 @@ impl Frames {
         if self.spec.opener { (opener, answerer) } else { (answerer, opener) }
     }
 
+    /// Writes what frames of a mix have by their length, and tells its sum and its bytes.
+    ///
+    /// # Safety
+    /// `frame` must be valid for writes of [`Self::bytes`] bytes.
+    #[inline(never)]
+    unsafe fn write_head(&self, frame: *mut u8, seq: u32) -> (u32, usize) {
+        let length = self.length(seq);
+        // SAFETY: no frame is shorter than its head.
+        unsafe { std::ptr::copy_nonoverlapping(length.head.as_ptr(), frame, HEAD) };
+        (length.sum, length.bytes)
+    }
+
     /// Writes a frame's own parts.
     ///
     /// # Safety
     /// `frame` must be valid for writes of [`Self::bytes`] bytes.
-    #[inline]
+    #[inline(always)]
     unsafe fn write(&self, frame: *mut u8, p: Position, acknowledged: u32) -> usize {
         let (source, destination) = self.ports(p.connection);
         let ports = u32::from(source.to_be()) | u32::from(destination.to_be()) << 16;
         let (mut sum, mut bytes) = (self.sum, self.bytes);
-        if !self.mix.is_empty() {
-            let length = self.length(p.seq);
-            (sum, bytes) = (length.sum, length.bytes);
-            // SAFETY: no frame is shorter than its head.
-            unsafe { std::ptr::copy_nonoverlapping(length.head.as_ptr(), frame, HEAD) };
+        if self.mixed() {
+            // SAFETY: as this function's.
+            (sum, bytes) = unsafe { self.write_head(frame, p.seq) };
         }
         sum += (ports & 0xffff) + (ports >> 16);
         // SAFETY: the offsets lie inside the frame: the template was built with them.
