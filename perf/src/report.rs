@@ -50,7 +50,7 @@ fn bars(title: &str, unit: &str, bars: &[Bar]) -> String {
     let most = bars.iter().map(|b| b.figure.max).fold(f64::MIN_POSITIVE, f64::max);
     let height = 26.0 + ROW * bars.len() as f64;
     let mut s = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" role=\"img\" width=\"800\" height=\"{height}\" viewBox=\"0 0 800 {height}\">\
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" role=\"img\" width=\"1000\" height=\"{height}\" viewBox=\"0 0 1000 {height}\">\
          <title>{0}</title><text x=\"0\" y=\"15\" class=\"h\">{0}</text>",
         escape(title)
     );
@@ -143,11 +143,11 @@ pub fn html(run: &Run) -> String {
     let e = &run.environment;
     let mut t = String::from(
         "<!DOCTYPE html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>Ferry and its peers</title><style>\
-         body{font:15px/1.45 system-ui,sans-serif;max-width:54em;margin:2em auto;padding:0 1em}\
+         body{font:15px/1.45 system-ui,sans-serif;max-width:67em;margin:2em auto;padding:0 1em}\
          svg{display:block;margin:.6em 0 1.2em;max-width:100%}svg text{font:12px system-ui,sans-serif}svg .h{font-weight:600;font-size:13px}\
          pre{font-size:11px;overflow-x:auto}table{border-collapse:collapse;font-size:13px}td,th{padding:.15em .7em;text-align:right;border-bottom:1px solid #ddd}\
          td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}\
-         .bad{color:#a00}.good{color:#070}.targets td:nth-child(2){color:#666;font-size:11px}</style></head><body>\
+         .bad{color:#a00}.good{color:#070}.targets td:nth-child(2){color:#666;font-size:11px}.targets td:nth-child(n+3){white-space:nowrap}</style></head><body>\
          <h1>Ferry and its peers, side by side</h1>",
     );
     // Writing to a String cannot fail.

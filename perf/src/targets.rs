@@ -138,11 +138,11 @@ pub fn targets(run: &Run) -> Vec<Target> {
     throughput("64 B, L2, against testpmd io", &one("l2-64"), Peer::Testpmd, 2.8);
     throughput("1518 B, L2, against testpmd io", &one("l2-1518"), Peer::Testpmd, 2.3);
     for (n, testpmd) in [("1", 1.7), ("10k", 1.5), ("1M", 1.1)] {
-        let what = format!("64 B, stateful at both ends, {n} connections, against testpmd io");
+        let what = format!("64 B, stateful at both ends, connections: {n}, against testpmd io");
         throughput(&what, &both(n), Peer::Testpmd, testpmd);
     }
     for (n, ovs) in [("1", 4.0), ("10k", 6.0), ("1M", 8.0)] {
-        let what = format!("64 B, stateful at both ends, {n} connections, against OVS ct in one zone");
+        let what = format!("64 B, stateful at both ends, connections: {n}, against OVS ct in one zone");
         throughput(&what, &both(n), Peer::Ovs, ovs);
     }
     throughput("1518 B UDP, stateful, against OVS ct", &one("stateful-udp-1518-1"), Peer::Ovs, 6.0);
@@ -255,7 +255,7 @@ mod tests {
         assert_eq!(of("latency, unloaded, stateful, p99").met(), None);
         assert_eq!((of("full walk").measured_text(), of("full walk").met()), ("6.0 M/s".into(), Some(true)));
         assert_eq!(of("DPDK's virtio-user").measured_text(), "0.90x");
-        assert_eq!(of("64 B, stateful at both ends, 1 conn").measured, None);
+        assert_eq!(of("64 B, stateful at both ends, connections: 1,").measured, None);
         let text = markdown(&all);
         assert_eq!(text.lines().count(), all.len() + 2);
         assert!(text.contains("| 64 B, L2, against testpmd io | >= 2.80x | 2.90x | met |"), "{text}");
