@@ -15,9 +15,9 @@ demo: deps ## Guests under a strict firewall, and one that moves live with 10,00
 test: deps ## All checks and tests; end-to-end tests need root
 	@scripts/test
 
-bench: deps ## Ferry and its peers side by side: target/perf/results.html (needs root, two cores; about 40 minutes)
+bench: deps ## Ferry and its peers side by side: target/perf/results.html (needs root, two cores; about 45 minutes; BENCH_FLAGS="--budget-s 1 --rounds 1" for a try)
 	@cargo build --release --quiet -p ferry-control -p ferry-perf --bins
 	@mkdir -p "$${CARGO_TARGET_DIR:-target}/perf"
 	@target="$${CARGO_TARGET_DIR:-target}" && "$$target/release/ferry-perf" peers --install \
-		&& cargo bench --quiet -p ferry-perf --benches 2>/dev/null | tee "$$target/perf/micro.txt" \
-		&& "$$target/release/ferry-perf" run --micro "$$target/perf/micro.txt" --output "$$target/perf/results.json"
+		&& cargo bench --quiet -p ferry-perf --benches > "$$target/perf/micro.txt" 2>/dev/null && cat "$$target/perf/micro.txt" \
+		&& "$$target/release/ferry-perf" run --micro "$$target/perf/micro.txt" --output "$$target/perf/results.json" $(BENCH_FLAGS)

@@ -4,6 +4,10 @@
 //! numbers are consecutive, a number seen after *n* counted frames tells how many are missing among them: losses and
 //! duplicates are exact over the whole stream (a loss and a duplicate between two samples cancel out), order and contents
 //! are checked on the sample.
+//!
+//! Frames that are to be segmented may arrive whole or in segments. There the bytes of the TCP stream are what is counted; a
+//! "frame" received is as many bytes as one that was sent.
+use crate::frame::NetHeader;
 use crate::stream::Frames;
 use serde::{Deserialize, Serialize};
 
@@ -51,60 +55,95 @@ pub struct Checker {
     findings: Findings,
     /// Frames received since the beginning.
     total: u64,
-    /// The number that the next frame should carry.
-    next: u32,
-    /// Frames counted since `next` was known.
-    uncounted: u32,
+    /// What of a stream is numbered: frames (1), or bytes of payload when frames are to be segmented (payload of one frame).
+    unit: u64,
+    /// The number that the next frame should carry, if nothing was lost since the last look.
+    next: u64,
+    /// Numbers counted since `next` was known.
+    uncounted: u64,
+    /// Units received that are no whole frame yet.
+    rest: u64,
     scratch: Vec<u8>,
 }
 
 impl Checker {
     /// Expects the stream's frames from the next one on.
     pub fn new(expected: &Frames) -> Self {
-        let next = expected.next().seq;
+        let unit = if expected.segmented() { expected.spec().kind.payload_bytes() as u64 } else { 1 };
         Self {
             expected: expected.clone(),
             findings: Findings::default(),
             total: 0,
-            next,
+            unit,
+            next: u64::from(expected.next().seq) * unit,
             uncounted: 0,
+            rest: 0,
             scratch: Vec::new(),
         }
+    }
+
+    /// Units that frames hold.
+    #[inline]
+    fn units(&self, frames: u64, bytes: u64) -> u64 {
+        if self.unit == 1 { frames } else { bytes.saturating_sub(frames * self.headers()) }
+    }
+
+    fn headers(&self) -> u64 {
+        self.expected.spec().kind.payload_at() as u64
+    }
+
+    #[inline]
+    fn received(&mut self, units: u64, bytes: u64) {
+        let (mut frames, mut rest) = (units, 0);
+        if self.unit != 1 {
+            (frames, rest) = ((self.rest + units) / self.unit, (self.rest + units) % self.unit);
+        }
+        self.rest = rest;
+        self.findings.frames += frames;
+        self.total += frames;
+        self.findings.bytes += bytes;
     }
 
     /// Counts frames without looking into them.
     #[inline]
     pub fn count(&mut self, frames: u32, bytes: u64) {
-        self.findings.frames += u64::from(frames);
-        self.total += u64::from(frames);
-        self.findings.bytes += bytes;
-        self.uncounted = self.uncounted.wrapping_add(frames);
+        let units = self.units(u64::from(frames), bytes);
+        self.received(units, bytes);
+        self.uncounted += units;
     }
 
     /// Counts a frame and looks into it; into its payload only when `whole`.
     pub fn look(&mut self, frame: &[u8], whole: bool) {
-        self.findings.frames += 1;
-        self.total += 1;
-        self.findings.bytes += frame.len() as u64;
+        self.look_at(NetHeader::default(), frame, whole);
+    }
+
+    /// The same with the virtio-net header before the frame, which matters when frames are to be segmented. Those must be `whole`.
+    pub fn look_at(&mut self, header: NetHeader, frame: &[u8], whole: bool) {
+        let units = self.units(1, frame.len() as u64);
+        self.received(units, frame.len() as u64);
         self.findings.sampled += 1;
-        let Some(seq) = self.expected.stamp(frame) else {
+        let expected = self.next + self.uncounted;
+        // Numbers are 32 bits wide and go round; the one that is meant is the nearest to what is expected.
+        let Some(ahead) = self.number(frame).map(|n| i64::from(n.wrapping_sub(self.wire(expected)).cast_signed()))
+        else {
             self.findings.corrupted += 1;
-            self.uncounted = self.uncounted.wrapping_add(1);
+            self.uncounted += units;
             return;
         };
-        if frame.len() != self.expected.bytes() || (whole && !self.expected.intact(frame, seq, &mut self.scratch)) {
+        let number = expected.wrapping_add_signed(ahead);
+        if !self.intact(header, frame, number, whole) {
             self.findings.corrupted += 1;
         }
-        let ahead = seq.wrapping_sub(self.next.wrapping_add(self.uncounted)) as i32;
+        // In whole frames; a part of one counts as one.
+        let frames = ahead.unsigned_abs().div_ceil(self.unit);
         let f = &mut self.findings;
         if ahead > 0 {
-            f.lost += u64::from(ahead.unsigned_abs());
+            f.lost += frames;
         } else if ahead < 0 {
-            let behind = u64::from(ahead.unsigned_abs());
             if self.uncounted > 0 {
                 // More frames than numbers since the last look.
-                f.duplicated += behind;
-            } else if behind == 1 {
+                f.duplicated += frames;
+            } else if ahead.unsigned_abs() == units {
                 // The one that was looked at last.
                 f.duplicated += 1;
                 return;
@@ -115,18 +154,36 @@ impl Checker {
                 return;
             }
         }
-        self.next = seq.wrapping_add(1);
+        self.next = number.wrapping_add(units);
         self.uncounted = 0;
     }
 
-    /// The number after the last one seen.
+    /// The number that a frame carries.
+    fn number(&self, frame: &[u8]) -> Option<u32> {
+        if self.unit == 1 { self.expected.stamp(frame) } else { self.expected.number_of(frame) }
+    }
+
+    /// How a number stands in a frame.
+    fn wire(&self, number: u64) -> u32 {
+        if self.unit == 1 { number as u32 } else { Frames::number_at(number) }
+    }
+
+    fn intact(&mut self, header: NetHeader, frame: &[u8], number: u64, whole: bool) -> bool {
+        if self.unit != 1 {
+            return self.expected.segment_intact(header, frame, number);
+        }
+        let seq = number as u32;
+        frame.len() == self.expected.bytes_of(seq) && (!whole || self.expected.intact(frame, seq, &mut self.scratch))
+    }
+
+    /// Sequence number of the frame after the last one seen.
     pub fn reached(&self) -> u32 {
-        self.next
+        (self.next / self.unit) as u32
     }
 
     /// Lap of the last frame looked into: everything before that lap has arrived or is lost.
     pub fn lap(&self) -> u32 {
-        self.next / self.expected.spec().connections
+        self.reached() / self.expected.spec().connections
     }
 
     /// Findings so far.
@@ -144,22 +201,35 @@ impl Checker {
         std::mem::take(&mut self.findings)
     }
 
-    /// Bytes that each frame should have.
+    /// Bytes that the longest frame should have.
     pub fn frame_bytes(&self) -> usize {
         self.expected.bytes()
+    }
+
+    /// Whether some frame should have this many bytes.
+    #[inline]
+    pub fn has_length(&self, bytes: usize) -> bool {
+        self.expected.has_length(bytes)
+    }
+
+    /// Whether frames have several lengths.
+    #[inline]
+    pub fn mixed(&self) -> bool {
+        self.expected.mixed()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frame::{FrameKind, Station, Transport};
+    use crate::frame::{FrameKind, Shape, Station, Transport};
     use crate::stream::{Spread, Step, StreamSpec};
 
     fn stream(n: usize) -> (Checker, Vec<Vec<u8>>) {
         let kind = FrameKind { bytes: 64, transport: Transport::Udp, ipv6: false };
         let (from, to) = (Station::new(1), Station::new(2));
-        let spec = StreamSpec { kind, from, to, opener: true, connections: 3, spread: Spread::Uniform };
+        let spec =
+            StreamSpec { kind, from, to, opener: true, connections: 3, spread: Spread::Uniform, shape: Shape::Plain };
         let mut frames = Frames::new(&spec, Step::Data);
         let checker = Checker::new(&frames);
         let all = (0..n)

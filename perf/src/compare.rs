@@ -34,16 +34,15 @@ pub fn compare(old: &Run, new: &Run) -> Vec<Change> {
         let Some(o) = old.throughput.iter().find(|o| o.workload.name == n.workload.name) else { continue };
         for system in [Kind::FerryL2, Kind::FerryFirewall] {
             let (Some(of), Some(nf)) = (o.figure(system), n.figure(system)) else { continue };
-            let peer = match (o.figure(Kind::TestpmdIo), n.figure(Kind::TestpmdIo)) {
-                (Some(a), Some(b)) if o.placement() == n.placement() => Some((a.median, b.median)),
-                _ => None,
-            };
-            let (by_old, by_new) = peer.unwrap_or((1.0, 1.0));
+            let both = |&kind: &Kind| Some((kind, o.figure(kind)?.median, n.figure(kind)?.median));
+            let same_place = o.placement() == n.placement();
+            let peer = Kind::TESTPMD.iter().find_map(both).filter(|_| same_place);
+            let (by_old, by_new) = peer.map_or((1.0, 1.0), |p| (p.1, p.2));
             let (a, b) = (of.median / by_old, nf.median / by_new);
             let spread = |f: crate::results::Figure| (f.max - f.min) / f.median / 2.0 / (f.count as f64).sqrt();
             changes.push(Change {
                 name: format!("{} {}", n.workload.name, system.name()),
-                relative_to: if peer.is_some() { Kind::TestpmdIo.name() } else { "absolute" }.into(),
+                relative_to: peer.map_or("absolute", |p| p.0.name()).into(),
                 old: a,
                 new: b,
                 better: b / a - 1.0,
@@ -52,6 +51,12 @@ pub fn compare(old: &Run, new: &Run) -> Vec<Change> {
         }
     }
     for n in new.metrics.iter().filter(|m| m.system.is_ferry()) {
+        // Losses are near zero, and may be below it: points are compared, not ratios.
+        if n.unit == "%" {
+            let old = old.metrics.iter().find(|m| m.name == n.name && m.system == n.system);
+            changes.extend(old.map(|o| points(o, n)));
+            continue;
+        }
         let find = |run: &Run, system: Kind| -> Option<Metric> {
             run.metrics.iter().find(|m| m.name == n.name && m.system == system).cloned()
         };
@@ -71,6 +76,20 @@ pub fn compare(old: &Run, new: &Run) -> Vec<Change> {
         });
     }
     changes
+}
+
+/// A figure in percent against an earlier one: points, each as a hundredth.
+fn points(old: &Metric, new: &Metric) -> Change {
+    let spread = |m: &Metric| (m.figure.max - m.figure.min) / 200.0 / (m.figure.count as f64).sqrt();
+    let (a, b) = (old.figure.median, new.figure.median);
+    Change {
+        name: format!("{} {}", new.name, new.system.name()),
+        relative_to: "points".into(),
+        old: a,
+        new: b,
+        better: if new.higher_is_better { b - a } else { a - b } / 100.0,
+        noise: spread(old) + spread(new),
+    }
 }
 
 /// The changes as text; regressions are marked.
@@ -98,45 +117,13 @@ pub fn table(changes: &[Change], tolerance: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::Findings;
-    use crate::regime::Environment;
-    use crate::results::{Figure, Measurement, Series, Window};
+    use crate::results::test_support::{self, measurement, metric};
     use crate::workload::Workload;
 
-    fn window(mpps: f64) -> Window {
-        Window {
-            mpps,
-            seconds: 1.0,
-            slices: 10,
-            undisturbed: 10,
-            findings: Findings::default(),
-            round_trip_ns: [90.0; 2],
-            switch_waited: 0.0,
-            generator_waited: 0.0,
-            generator_idle: 0.5,
-            steal_ms: 0,
-        }
-    }
-
     fn run(testpmd: f64, ferry: f64, p99: f64) -> Run {
-        let series = |system, mpps: f64| Series {
-            system,
-            windows: [0.99, 1.0, 1.01].map(|k| window(mpps * k)).to_vec(),
-            tracked: None,
-            failure: None,
-        };
-        let workload = Workload::l2(64);
-        let series = vec![series(Kind::TestpmdIo, testpmd), series(Kind::FerryL2, ferry)];
-        let metric = Metric {
-            name: "ping-pong-64 p99".into(),
-            system: Kind::FerryL2,
-            unit: "us".into(),
-            higher_is_better: false,
-            figure: Figure { median: p99, min: p99, max: p99, count: 3 },
-            placement: None,
-        };
-        let throughput = vec![Measurement { workload, series }];
-        Run { format: 1, environment: Environment::default(), throughput, metrics: vec![metric], micro: String::new() }
+        let figures = [(Kind::TestpmdIo, testpmd), (Kind::FerryL2, ferry)];
+        let throughput = vec![measurement(Workload::l2(64), &figures)];
+        test_support::run(throughput, vec![metric("ping-pong-64 p99", Kind::FerryL2, p99)])
     }
 
     #[test]
@@ -148,5 +135,21 @@ mod tests {
         let changes = compare(&run(10.0, 30.0, 2.0), &run(10.0, 24.0, 3.0));
         assert!(changes.iter().all(|c| c.regression(0.05)), "{changes:?}");
         assert!((changes[0].better + 0.2).abs() < 1e-9 && table(&changes, 0.05).contains("REGRESSION"));
+    }
+    #[test]
+    fn losses_are_compared_in_points() {
+        let lost = |percent| {
+            let metric = Metric {
+                unit: "%".into(),
+                higher_is_better: false,
+                ..metric("tracking-loss 1M", Kind::FerryFirewall, percent)
+            };
+            test_support::run(Vec::new(), vec![metric])
+        };
+        let change = |old, new| compare(&lost(old), &lost(new)).remove(0);
+        assert!(!change(-0.5, 0.5).regression(0.05) && !change(0.1, 3.0).regression(0.05));
+        let worse = change(-1.0, 8.0);
+        assert!(worse.regression(0.05) && (worse.better + 0.09).abs() < 1e-9, "{worse:?}");
+        assert!(!change(8.0, -1.0).regression(0.05));
     }
 }

@@ -28,8 +28,8 @@ pub struct Handshakes {
     pub setup_ns: Histogram,
 }
 
-/// Connections under way at a time.
-const UNDER_WAY: u32 = 96;
+/// Most connections under way at a time: no ring may overflow.
+pub const MOST_UNDER_WAY: u32 = 96;
 /// Nothing has moved for this long: what is under way is lost.
 const STALLED: Duration = Duration::from_millis(20);
 
@@ -209,11 +209,13 @@ impl<R: DriverRing> Pair<R> {
         Ok((histogram, sent - received.min(sent)))
     }
 
-    /// Opens TCP connections `first..first + count`, and closes each at once if `close`.
+    /// Opens TCP connections `first..first + count`, `under_way` (up to [`MOST_UNDER_WAY`]) at a time, and closes each at once
+    /// if `close`. With one at a time the time of set-up is that of the switch alone, with many that of waiting in line.
     ///
     /// # Errors
     /// When a ring makes no sense or nothing gets through at all.
-    pub fn handshakes(&mut self, first: u32, count: u32, close: bool) -> Result<Handshakes> {
+    pub fn handshakes(&mut self, first: u32, count: u32, under_way: u32, close: bool) -> Result<Handshakes> {
+        let most = under_way.clamp(1, MOST_UNDER_WAY);
         let [opener, answerer] = [self.streams[0].clone(), self.streams[1].clone()];
         // All of these are 60 bytes long: Ethernet's minimum.
         let syn = Frames::new(&opener, Step::Syn);
@@ -237,7 +239,7 @@ impl<R: DriverRing> Pair<R> {
         while done + (result.failed as u32) < count {
             let now = self.now();
             let mut work = false;
-            while next < count && under_way < UNDER_WAY && waiting[0].len() < 64 {
+            while next < count && under_way < most && waiting[0].len() < 64 {
                 began[next as usize] = now;
                 waiting[0].push_back((Step::Syn, first + next));
                 next += 1;
@@ -309,7 +311,7 @@ impl<R: DriverRing> Pair<R> {
                 moved = now;
             } else if now - moved > STALLED.as_nanos() as u64 {
                 result.failed += u64::from(under_way);
-                if done == 0 && result.failed > 4 * u64::from(UNDER_WAY) {
+                if done == 0 && result.failed > 4 * u64::from(MOST_UNDER_WAY) {
                     bail!("no connection is completed");
                 }
                 under_way = 0;

@@ -58,6 +58,81 @@ pub struct FrameKind {
     pub ipv6: bool,
 }
 
+/// What a stream's frames are like besides their kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Shape {
+    /// All of one length, with complete checksums.
+    #[default]
+    Plain,
+    /// Of several lengths ([`IMIX`]); the kind's length is the longest. UDP over IPv4 only.
+    Imix,
+    /// TCP frames longer than the MTU that are still to be segmented (virtio-net's GSO, 5.1.6.2), with partial checksums.
+    Tso,
+}
+
+/// The simple IMIX: 7 frames of 64 bytes, 4 of 576, 1 of 1518, in the order in which they are sent again and again.
+pub const IMIX: [usize; 12] = [64, 576, 64, 64, 576, 64, 1518, 64, 576, 64, 576, 64];
+
+/// Average of [`IMIX`], bytes.
+pub const IMIX_AVERAGE_BYTES: f64 = 4270.0 / 12.0;
+
+/// Longest IP packet that switches are told where frames are not longer, bytes: Ethernet's with a VLAN tag's room.
+pub const MTU: usize = 1504;
+
+/// Payload of the segments that a [`Shape::Tso`] frame is to become, bytes: an MTU of 1500 with TCP timestamps, as usual.
+pub const GSO_BYTES: usize = 1448;
+
+/// Length of a [`Shape::Tso`] frame over IPv4: as many whole segments as an IP packet has room for.
+pub const TSO_FRAME_BYTES: usize = 54 + 45 * GSO_BYTES;
+
+/// The virtio-net header (5.1.6) without `num_buffers`, as it stands before a frame.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NetHeader {
+    /// VIRTIO_NET_HDR_F_*.
+    pub flags: u8,
+    /// VIRTIO_NET_HDR_GSO_*.
+    pub gso_type: u8,
+    /// Bytes of headers in front of the payload that is to be segmented; a hint.
+    pub hdr_len: u16,
+    /// Bytes of payload per segment.
+    pub gso_size: u16,
+    /// Where the checksum's sum begins.
+    pub csum_start: u16,
+    /// Where the checksum lies, from there.
+    pub csum_offset: u16,
+}
+
+impl NetHeader {
+    /// The frame's checksum covers the pseudo-header only (VIRTIO_NET_HDR_F_NEEDS_CSUM).
+    pub const NEEDS_CSUM: u8 = 1;
+    /// The switch vouches for the checksum (VIRTIO_NET_HDR_F_DATA_VALID).
+    pub const DATA_VALID: u8 = 2;
+
+    /// As it stands in memory, `num_buffers` zero.
+    pub fn to_bytes(self) -> [u8; 12] {
+        let mut b = [0; 12];
+        (b[0], b[1]) = (self.flags, self.gso_type);
+        for (i, field) in [self.hdr_len, self.gso_size, self.csum_start, self.csum_offset].into_iter().enumerate() {
+            b[2 + 2 * i..4 + 2 * i].copy_from_slice(&field.to_le_bytes());
+        }
+        b
+    }
+
+    /// From memory.
+    pub fn from_bytes(b: &[u8; 12]) -> Self {
+        let field = |i: usize| u16::from_le_bytes([b[2 + 2 * i], b[3 + 2 * i]]);
+        Self {
+            flags: b[0],
+            gso_type: b[1],
+            hdr_len: field(0),
+            gso_size: field(1),
+            csum_start: field(2),
+            csum_offset: field(3),
+        }
+    }
+}
+
 /// Bytes of the stamp that begins each payload: sequence number and its complement (so that they add nothing to a checksum).
 pub const STAMP: usize = 8;
 
@@ -148,15 +223,40 @@ impl FrameKind {
         f
     }
 
-    /// Sum over the pseudo-header and everything behind the IP header, as the words stand in memory; not complemented.
-    pub fn transport_sum(&self, frame: &[u8]) -> u32 {
-        let l4 = self.transport_at();
+    /// Sum over the pseudo-header, as the words stand in memory; not complemented.
+    pub fn pseudo_sum(&self, frame: &[u8]) -> u32 {
         let addresses = if self.ipv6 { 22..54 } else { 26..34 };
         let protocol = if self.ipv6 { frame[20] } else { frame[23] };
         let mut sum = sum_words(&frame[addresses], 0);
         sum += u32::from(u16::from(protocol).to_be());
-        sum += u32::from(((frame.len() - l4) as u16).to_be());
-        u32::from(fold(sum_words(&frame[l4..], sum)))
+        sum += u32::from(((frame.len() - self.transport_at()) as u16).to_be());
+        u32::from(fold(sum))
+    }
+
+    /// Sum over the pseudo-header and everything behind the IP header, as the words stand in memory; not complemented.
+    pub fn transport_sum(&self, frame: &[u8]) -> u32 {
+        u32::from(fold(sum_words(&frame[self.transport_at()..], self.pseudo_sum(frame))))
+    }
+
+    /// The virtio-net header of a frame of this kind that is to be segmented.
+    pub fn gso_header(&self) -> NetHeader {
+        NetHeader {
+            flags: NetHeader::NEEDS_CSUM,
+            gso_type: if self.ipv6 { 4 } else { 1 },
+            hdr_len: self.payload_at() as u16,
+            gso_size: GSO_BYTES as u16,
+            csum_start: self.transport_at() as u16,
+            csum_offset: (self.checksum_at() - self.transport_at()) as u16,
+        }
+    }
+
+    /// End of the IP packet in a frame, by its own word; the rest is padding.
+    pub fn ip_end(&self, frame: &[u8]) -> usize {
+        if self.ipv6 {
+            14 + 40 + usize::from(u16::from_be_bytes([frame[18], frame[19]]))
+        } else {
+            14 + usize::from(u16::from_be_bytes([frame[16], frame[17]]))
+        }
     }
 
     /// Whether the transport checksum is right.

@@ -3,6 +3,7 @@
 //! received: its ring entry; frames are looked into on a sample of bursts only.
 #![allow(unsafe_code)] // Its job: frames are written and copied out in guest memory.
 use crate::check::{Checker, Findings};
+use crate::frame::NetHeader;
 use crate::guest::ring::{DriverRing, NET_HEADER};
 use crate::guest::{Guest, GuestSpec};
 use crate::stream::{Frames, Position, Step, StreamSpec};
@@ -32,6 +33,8 @@ pub struct Lane<R> {
     rx_bursts: u32,
     /// Buffers of an incomplete frame still to come, and the frame's bytes so far.
     partial: (u16, usize),
+    /// The virtio-net header of that frame.
+    header: NetHeader,
     scratch: Vec<u8>,
     scratch_used: usize,
 }
@@ -77,6 +80,7 @@ impl<R: DriverRing> Lane<R> {
             stray: 0,
             rx_bursts: 0,
             partial: (0, 0),
+            header: NetHeader::default(),
             scratch: vec![0; longest],
             scratch_used: 0,
         }
@@ -116,8 +120,12 @@ impl<R: DriverRing> Lane<R> {
             bytes += u64::from(len);
             same &= len == first;
         }
+        let known = |c: &Checker, len: u32| (len as usize).checked_sub(NET_HEADER).is_some_and(|len| c.has_length(len));
         match &mut self.expected {
-            Some(c) if same && first as usize == c.frame_bytes() + NET_HEADER => {
+            Some(c) if same && known(c, first) => {
+                c.count(u32::from(n), bytes - u64::from(n) * NET_HEADER as u64);
+            }
+            Some(c) if c.mixed() && (0..n).all(|i| known(c, self.guest.rx.collected(i).len)) => {
                 c.count(u32::from(n), bytes - u64::from(n) * NET_HEADER as u64);
             }
             Some(_) => self.look(n),
@@ -163,6 +171,8 @@ impl<R: DriverRing> Lane<R> {
                     bail!("a received frame claims {buffers} buffers, {len} bytes in the first");
                 }
                 self.scratch_used = 0;
+                // SAFETY: the header lies inside the buffer.
+                self.header = NetHeader::from_bytes(&unsafe { start.cast::<[u8; NET_HEADER]>().read_unaligned() });
                 (NET_HEADER, buffers)
             } else {
                 (0, left)
@@ -180,7 +190,7 @@ impl<R: DriverRing> Lane<R> {
             self.partial = (left - 1, bytes);
             if left == 1 {
                 match &mut self.expected {
-                    Some(c) if self.scratch_used == bytes => c.look(&self.scratch[..bytes], true),
+                    Some(c) if self.scratch_used == bytes => c.look_at(self.header, &self.scratch[..bytes], true),
                     Some(c) => c.count(1, bytes as u64),
                     None => self.stray += 1,
                 }
@@ -216,7 +226,11 @@ impl<R: DriverRing> Lane<R> {
             prefetch_for_write(ahead.wrapping_add(NET_HEADER));
             let buffer = self.guest.tx.buffer(self.guest.tx.next_free(i));
             // SAFETY: the buffer is the driver's and holds the template (prepare); set_len made it long enough.
-            unsafe { out.frames.write_next(buffer.add(NET_HEADER)) };
+            let bytes = unsafe { out.frames.write_next(buffer.add(NET_HEADER)) };
+            if out.frames.mixed() {
+                let buffer = self.guest.tx.next_free(i);
+                self.guest.tx.set_buffer_len(buffer, NET_HEADER + bytes);
+            }
         }
         out.quota -= u64::from(n);
         out.published += u64::from(n);
@@ -227,11 +241,12 @@ impl<R: DriverRing> Lane<R> {
     /// Makes the guest send these frames; all transmit buffers must have come back.
     fn prepare(&mut self, frames: Frames, quota: u64) {
         self.guest.tx.set_len(NET_HEADER + frames.bytes());
+        let header = frames.net_header().to_bytes();
         for b in 0..self.guest.tx.buffers() {
             let start = self.guest.tx.buffer(b);
             // SAFETY: set_len has checked that the buffer is that long; it is the driver's.
             unsafe {
-                std::ptr::write_bytes(start, 0, NET_HEADER);
+                std::ptr::copy_nonoverlapping(header.as_ptr(), start, NET_HEADER);
                 std::ptr::copy_nonoverlapping(
                     frames.template().as_ptr(),
                     start.add(NET_HEADER),
@@ -276,11 +291,17 @@ impl<R: DriverRing> Generator<R> {
     /// # Errors
     /// As [`Guest::attach`].
     pub fn attach(sockets: &[impl AsRef<Path>], spec: &GuestSpec) -> Result<Self> {
-        let lanes = sockets
+        let guests = sockets
             .iter()
-            .map(|s| Guest::attach(s.as_ref(), spec).map(Lane::new).with_context(|| s.as_ref().display().to_string()))
+            .map(|s| Guest::attach(s.as_ref(), spec).with_context(|| s.as_ref().display().to_string()))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { lanes, streams: Vec::new(), next: Vec::new(), sample: SAMPLE, rest: false })
+        Ok(Self::of(guests))
+    }
+
+    /// Drives guests that are attached already, or whose rings are served otherwise.
+    pub fn of(guests: Vec<Guest<R>>) -> Self {
+        let lanes = guests.into_iter().map(Lane::new).collect();
+        Self { lanes, streams: Vec::new(), next: Vec::new(), sample: SAMPLE, rest: false }
     }
 
     /// Looks into one burst of `bursts` (1: into all).
@@ -293,6 +314,11 @@ impl<R: DriverRing> Generator<R> {
     pub fn streams(&mut self, streams: Vec<(usize, usize, StreamSpec)>) {
         self.next = vec![Position::default(); streams.len()];
         self.streams = streams;
+    }
+
+    /// The guests, in the order of their sockets.
+    pub fn guests(&mut self) -> impl Iterator<Item = &mut Guest<R>> {
+        self.lanes.iter_mut().map(|lane| &mut lane.guest)
     }
 
     /// Whether every session still stands.
@@ -462,6 +488,8 @@ impl<R: DriverRing> Generator<R> {
             self.lanes[*to].expected = Some(Checker::new(&frames));
             self.lanes[*from].prepare(frames, u64::MAX);
         }
+        // From the first frame on: an acknowledgement from long ago is no valid one.
+        self.acknowledge();
         Ok(())
     }
 

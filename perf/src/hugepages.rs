@@ -1,5 +1,5 @@
 //! Huge pages: DPDK's switches need them, and guests have them as they would under QEMU.
-use crate::process;
+use crate::settings::{self, Setting};
 use anyhow::{Context, Result, bail};
 use std::fs;
 
@@ -8,11 +8,7 @@ const COUNT: &str = "/proc/sys/vm/nr_hugepages";
 /// Huge pages of 2 MiB in the kernel's pool, put back to what it was on drop.
 #[derive(Debug)]
 pub struct HugePages {
-    before: Option<u64>,
-}
-
-fn pool() -> Result<u64> {
-    fs::read_to_string(COUNT)?.trim().parse().context(COUNT)
+    _pool: Option<Setting>,
 }
 
 fn free() -> u64 {
@@ -27,37 +23,25 @@ impl HugePages {
     /// # Errors
     /// When the kernel has not as many, or the process may not ask.
     pub fn reserve(pages: u64) -> Result<Self> {
-        let (before, free_before) = (pool()?, free());
+        let free_before = free();
         if free_before >= pages {
-            return Ok(Self { before: None });
+            return Ok(Self { _pool: None });
         }
-        let wanted = before + pages - free_before;
-        process::on_signal(move || {
-            // Children have been told to end with this process; their pages come back a moment later.
-            let _ = fs::write(COUNT, before.to_string());
-        })?;
-        let this = Self { before: Some(before) };
-        let mut now = 0;
+        let before: u64 = settings::read(COUNT)?.parse().context(COUNT)?;
+        let wanted = (before + pages - free_before).to_string();
+        let pool = Setting::change(COUNT, &wanted)?;
         // Memory may be too scattered for as many at once; each attempt finds more.
-        for _ in 0..6 {
-            fs::write(COUNT, wanted.to_string()).with_context(|| format!("{COUNT} (needs root)"))?;
-            now = free();
-            if now >= pages {
+        for _ in 0..5 {
+            if free() >= pages {
                 break;
             }
             let _ = fs::write("/proc/sys/vm/compact_memory", "1");
+            pool.set(&wanted)?;
         }
+        let now = free();
         if now < pages {
             bail!("the kernel has only {now} free huge pages of {pages}");
         }
-        Ok(this)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        if let Some(before) = self.before {
-            let _ = fs::write(COUNT, before.to_string());
-        }
+        Ok(Self { _pool: Some(pool) })
     }
 }

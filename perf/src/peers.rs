@@ -14,13 +14,14 @@ pub struct Peer {
 }
 
 /// All peers.
-pub const PEERS: [Peer; 3] = [
+pub const PEERS: [Peer; 4] = [
     Peer {
         role: "testpmd: DPDK's vhost library without a switch; virtio-user as second generator",
         package: "dpdk-dev",
     },
     Peer { role: "Open vSwitch with DPDK", package: "openvswitch-switch-dpdk" },
     Peer { role: "the kernel's firewall", package: "nftables" },
+    Peer { role: "empties the kernel's connection table", package: "conntrack" },
 ];
 
 /// Its version, if it is installed.

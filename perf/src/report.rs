@@ -2,21 +2,35 @@
 use crate::regime::Placement;
 use crate::results::{Figure, Measurement, Metric, Run};
 use crate::system::Kind;
+use crate::targets;
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-fn escape(text: &str) -> String {
+/// Text as it stands in HTML.
+pub fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 fn colour(kind: Kind) -> &'static str {
     match kind {
-        Kind::TestpmdIo => "#8c8c8c",
+        Kind::TestpmdIo | Kind::TestpmdTso => "#8c8c8c",
         Kind::FerryL2 => "#1f77b4",
-        Kind::FerryFirewall => "#08519c",
-        Kind::OvsL2 => "#fdae6b",
-        Kind::OvsCt => "#e6550d",
+        Kind::FerryFirewall | Kind::FerryFirewallOpen => "#08519c",
+        Kind::OvsL2 | Kind::OvsL2Tso => "#fdae6b",
+        Kind::OvsCt | Kind::OvsCtTso => "#e6550d",
         Kind::OvsCtPerPort => "#a63603",
+        Kind::Turnaround => "#bbbbbb",
+        Kind::KernelL2 => "#a1d99b",
+        Kind::KernelFirewall => "#31a354",
+    }
+}
+
+/// Three significant digits, no exponent.
+fn short_figure(value: f64) -> String {
+    match value.abs() {
+        v if v >= 1000.0 => format!("{value:.0}"),
+        v if v >= 1.0 => format!("{value:.2}"),
+        _ => format!("{value:.4}"),
     }
 }
 
@@ -36,20 +50,21 @@ fn bars(title: &str, unit: &str, bars: &[Bar]) -> String {
     let most = bars.iter().map(|b| b.figure.max).fold(f64::MIN_POSITIVE, f64::max);
     let height = 26.0 + ROW * bars.len() as f64;
     let mut s = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" role=\"img\" width=\"800\" height=\"{height}\" viewBox=\"0 0 800 {height}\">\
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" role=\"img\" width=\"1000\" height=\"{height}\" viewBox=\"0 0 1000 {height}\">\
          <title>{0}</title><text x=\"0\" y=\"15\" class=\"h\">{0}</text>",
         escape(title)
     );
     for (i, b) in bars.iter().enumerate() {
         let y = 24.0 + ROW * i as f64;
-        let x = |v: f64| LEFT + v / most * WIDTH;
+        // Losses may be negative: such have no bar, only their figure.
+        let x = |v: f64| LEFT + v.max(0.0) / most * WIDTH;
         // Writing to a String cannot fail.
         let _ = write!(
             s,
             "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\
              <rect x=\"{LEFT}\" y=\"{:.1}\" width=\"{:.1}\" height=\"16\" fill=\"{}\"/>\
              <path d=\"M{:.1} {:.1}H{:.1}\" stroke=\"#000\"/>\
-             <text x=\"{:.1}\" y=\"{:.1}\">{:.2} {}{}</text>",
+             <text x=\"{:.1}\" y=\"{:.1}\">{} {}{}</text>",
             LEFT - 6.0,
             y + 13.0,
             escape(&b.label),
@@ -61,7 +76,7 @@ fn bars(title: &str, unit: &str, bars: &[Bar]) -> String {
             x(b.figure.max),
             x(b.figure.max) + 8.0,
             y + 13.0,
-            b.figure.median,
+            short_figure(b.figure.median),
             escape(unit),
             escape(&b.remark),
         );
@@ -87,7 +102,8 @@ fn throughput(m: &Measurement) -> String {
             let row = rows.iter().find(|r| r.system == s.system.name())?;
             let times = |r: Option<f64>, what: &str| r.map_or(String::new(), |r| format!(" · {r:.2}x {what}"));
             let ratios = format!("{}{}", times(row.ratio_vs_testpmd_io, "testpmd"), times(row.ratio_vs_ovs, "OVS"));
-            let remark = if row.lost > 0 { format!("{ratios} · {} lost", row.lost) } else { ratios };
+            let gbit = format!(" · {:.1} Gbit/s{ratios}", row.gbit_per_s_median);
+            let remark = if row.lost > 0 { format!("{gbit} · {} lost", row.lost) } else { gbit };
             Some(Bar { label: s.system.name().into(), colour: colour(s.system), figure, remark })
         })
         .collect();
@@ -127,10 +143,11 @@ pub fn html(run: &Run) -> String {
     let e = &run.environment;
     let mut t = String::from(
         "<!DOCTYPE html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>Ferry and its peers</title><style>\
-         body{font:15px/1.45 system-ui,sans-serif;max-width:54em;margin:2em auto;padding:0 1em}\
+         body{font:15px/1.45 system-ui,sans-serif;max-width:67em;margin:2em auto;padding:0 1em}\
          svg{display:block;margin:.6em 0 1.2em;max-width:100%}svg text{font:12px system-ui,sans-serif}svg .h{font-weight:600;font-size:13px}\
          pre{font-size:11px;overflow-x:auto}table{border-collapse:collapse;font-size:13px}td,th{padding:.15em .7em;text-align:right;border-bottom:1px solid #ddd}\
-         td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}.bad{color:#a00}</style></head><body>\
+         td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}\
+         .bad{color:#a00}.good{color:#070}.targets td:nth-child(2){color:#666;font-size:11px}.targets td:nth-child(n+3){white-space:nowrap}</style></head><body>\
          <h1>Ferry and its peers, side by side</h1>",
     );
     // Writing to a String cannot fail.
@@ -151,6 +168,9 @@ pub fn html(run: &Run) -> String {
         escape(&e.load),
         escape(&e.peers.join(", "))
     );
+    t += "<h2>Targets</h2><p>Ratios are Ferry's figure divided by the peer's in the same run. Where several workloads are named, \
+          the least ratio counts.</p>";
+    t += &targets::html(&targets::targets(run));
     t += "<h2>Throughput</h2>";
     for m in &run.throughput {
         t += &throughput(m);
@@ -163,21 +183,22 @@ pub fn html(run: &Run) -> String {
         }
     }
     t += "<h2>All figures</h2><table><tr><th>workload</th><th>system</th><th>Mpps</th><th>min</th><th>max</th><th>windows</th>\
-          <th>Gbit/s</th><th>x testpmd</th><th>x OVS</th><th>lost</th><th>wrong</th></tr>";
+          <th>Gbit/s</th><th>x testpmd</th><th>x OVS</th><th>idle</th><th>lost</th><th>wrong</th></tr>";
     for r in run.rows() {
         let ratio = |r: Option<f64>| r.map_or("-".into(), |r| format!("{r:.2}"));
         let _ = write!(
             t,
-            "<tr><td>{}</td><td>{}</td><td>{:.2}</td><td>{:.2}</td><td>{:.2}</td><td>{}</td><td>{:.1}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+            "<tr><td>{}</td><td>{}</td><td>{:.3}</td><td>{:.3}</td><td>{:.3}</td><td>{}</td><td>{:.1}</td><td>{}</td><td>{}</td><td>{:.0} %</td><td>{}</td><td>{}</td></tr>",
             escape(&r.workload),
             r.system,
             r.mpps_median,
             r.mpps_min,
             r.mpps_max,
             r.windows,
-            r.mpps_median * r.frame_bytes as f64 * 8.0 / 1e3,
+            r.gbit_per_s_median,
             ratio(r.ratio_vs_testpmd_io),
             ratio(r.ratio_vs_ovs),
+            r.generator_idle * 100.0,
             r.lost,
             r.wrong
         );

@@ -134,18 +134,26 @@ impl Measurement {
     /// A switch's figure under the placement of comparison.
     pub fn figure(&self, system: Kind) -> Option<Figure> {
         let series = self.series.iter().find(|s| s.system == system)?;
-        let values: Vec<f64> = match self.placement() {
-            Some(p) => series.counted(p).iter().map(|w| w.mpps).collect(),
-            None => series.windows.iter().map(|w| w.mpps).collect(),
-        };
+        let values: Vec<f64> = self.windows(series).iter().map(|w| w.mpps).collect();
         Figure::of(&values)
+    }
+
+    fn windows<'a>(&self, series: &'a Series) -> Vec<&'a Window> {
+        match self.placement() {
+            Some(p) => series.counted(p),
+            None => series.windows.iter().collect(),
+        }
+    }
+
+    fn generator_idle(&self, series: &Series) -> f64 {
+        let idle: Vec<f64> = self.windows(series).iter().map(|w| w.generator_idle).collect();
+        Figure::of(&idle).map_or(0.0, |f| f.median)
     }
 
     /// The rows of the summary.
     pub fn rows(&self) -> Vec<Row> {
-        let base = self.figure(Kind::TestpmdIo).map(|f| f.median);
-        // OVS in the form that does the same job; with connections, one zone is its fastest.
-        let ovs = [Kind::OvsCt, Kind::OvsL2].into_iter().find_map(|k| self.figure(k)).map(|f| f.median);
+        let first = |kinds: &[Kind]| kinds.iter().find_map(|&k| self.figure(k)).map(|f| f.median);
+        let (base, ovs) = (first(&Kind::TESTPMD), first(&Kind::OVS));
         self.series
             .iter()
             .filter_map(|s| {
@@ -154,15 +162,17 @@ impl Measurement {
                 s.windows.iter().for_each(|w| findings.add(&w.findings));
                 Some(Row {
                     workload: self.workload.name.clone(),
-                    frame_bytes: self.workload.frame_bytes,
+                    frame_bytes: self.workload.average_bytes().round() as usize,
                     connections: self.workload.connections,
                     system: s.system.name().into(),
                     mpps_median: round(f.median),
+                    gbit_per_s_median: round(f.median * self.workload.average_bytes() * 8.0 / 1e3),
                     ratio_vs_testpmd_io: base.map(|b| round(f.median / b)),
                     ratio_vs_ovs: ovs.map(|b| round(f.median / b)),
                     mpps_min: round(f.min),
                     mpps_max: round(f.max),
                     windows: f.count,
+                    generator_idle: round(self.generator_idle(s)),
                     placement: self.placement(),
                     lost: findings.lost,
                     wrong: findings.duplicated + findings.reordered + findings.corrupted,
@@ -173,7 +183,7 @@ impl Measurement {
 }
 
 fn round(x: f64) -> f64 {
-    (x * 1000.0).round() / 1000.0
+    (x * 1e5).round() / 1e5
 }
 
 /// One line of the summary (`ferry-perf quick --json`).
@@ -181,7 +191,7 @@ fn round(x: f64) -> f64 {
 pub struct Row {
     /// Workload's name.
     pub workload: String,
-    /// Length of each frame, bytes.
+    /// Length of a frame, bytes; of a mix the average, of frames that are to be segmented their payload.
     pub frame_bytes: usize,
     /// Connections per pair of guests.
     pub connections: u32,
@@ -189,6 +199,9 @@ pub struct Row {
     pub system: String,
     /// Median over the windows that count, million frames delivered per second, all directions together.
     pub mpps_median: f64,
+    /// The same in gigabits per second: of frames as `frame_bytes` counts them.
+    #[serde(default)]
+    pub gbit_per_s_median: f64,
     /// That divided by testpmd's.
     pub ratio_vs_testpmd_io: Option<f64>,
     /// That divided by OVS's with the same job.
@@ -199,6 +212,9 @@ pub struct Row {
     pub mpps_max: f64,
     /// Number of windows that count.
     pub windows: usize,
+    /// Share of the generator's turns that found nothing to do, median; near zero, it is what limits the figure.
+    #[serde(default)]
+    pub generator_idle: f64,
     /// Placement of the cores in them; `null` when no placement had windows of all switches, and all count.
     pub placement: Option<Placement>,
     /// Frames lost in all windows.
@@ -248,32 +264,40 @@ impl Run {
     }
 }
 
+fn placement_text(placement: Option<Placement>) -> &'static str {
+    match placement {
+        Some(Placement::Near) => "near",
+        Some(Placement::Far) => "far",
+        None => "mixed",
+    }
+}
+
 /// The summary as text, for terminals.
 pub fn table(rows: &[Row]) -> String {
     use std::fmt::Write;
     let mut t = format!(
-        "{:<26} {:<16} {:>8} {:>17} {:>3} {:>5} {:>9} {:>7} {:>8} {:>5}\n",
-        "workload", "system", "Mpps", "min..max", "n", "cores", "x testpmd", "x OVS", "lost", "wrong"
+        "{:<32} {:<16} {:>8} {:>17} {:>7} {:>3} {:>5} {:>9} {:>7} {:>5} {:>8} {:>5}\n",
+        "workload", "system", "Mpps", "min..max", "Gbit/s", "n", "cores", "x testpmd", "x OVS", "idle", "lost", "wrong"
     );
     let ratio = |r: Option<f64>| r.map_or("-".into(), |r| format!("{r:.2}"));
     for r in rows {
-        let placement = match r.placement {
-            Some(Placement::Near) => "near",
-            Some(Placement::Far) => "far",
-            None => "mixed",
-        };
+        let placement = placement_text(r.placement);
+        // Frames of 64 KB are few.
+        let digits = if r.mpps_median < 1.0 { 4 } else { 2 };
         // Writing to a String cannot fail.
         let _ = writeln!(
             t,
-            "{:<26} {:<16} {:>8.2} {:>17} {:>3} {:>5} {:>9} {:>7} {:>8} {:>5}",
+            "{:<32} {:<16} {:>8.digits$} {:>17} {:>7.2} {:>3} {:>5} {:>9} {:>7} {:>4.0}% {:>8} {:>5}",
             r.workload,
             r.system,
             r.mpps_median,
-            format!("{:.2}..{:.2}", r.mpps_min, r.mpps_max),
+            format!("{:.digits$}..{:.digits$}", r.mpps_min, r.mpps_max),
+            r.gbit_per_s_median,
             r.windows,
             placement,
             ratio(r.ratio_vs_testpmd_io),
             ratio(r.ratio_vs_ovs),
+            r.generator_idle * 100.0,
             r.lost,
             r.wrong
         );
@@ -285,26 +309,72 @@ pub fn table(rows: &[Row]) -> String {
 pub fn metrics_table(metrics: &[Metric]) -> String {
     use std::fmt::Write;
     let mut t = format!(
-        "{:<32} {:<16} {:>12} {:>23} {:>4} {:>9} {:>7}\n",
-        "what", "system", "median", "min..max", "", "x testpmd", "x OVS ct"
+        "{:<48} {:<16} {:>12} {:>23} {:>4} {:>5} {:>9} {:>7}\n",
+        "what", "system", "median", "min..max", "", "cores", "x testpmd", "x OVS"
     );
     for m in metrics {
-        let ratio = |kind: Kind| {
-            let other = metrics.iter().find(|o| o.name == m.name && o.system == kind);
-            other.map_or("-".into(), |o| format!("{:.2}", m.figure.median / o.figure.median))
+        let ratio = |kinds: &[Kind]| {
+            let of = |&kind: &Kind| metrics.iter().find(|o| o.name == m.name && o.system == kind);
+            kinds.iter().find_map(of).map_or("-".into(), |o| format!("{:.2}", m.figure.median / o.figure.median))
         };
         // Writing to a String cannot fail.
         let _ = writeln!(
             t,
-            "{:<32} {:<16} {:>12.2} {:>23} {:>4} {:>9} {:>7}",
+            "{:<48} {:<16} {:>12.2} {:>23} {:>4} {:>5} {:>9} {:>7}",
             m.name,
             m.system.name(),
             m.figure.median,
             format!("{:.2}..{:.2}", m.figure.min, m.figure.max),
             m.unit,
-            ratio(Kind::TestpmdIo),
-            ratio(Kind::OvsCt)
+            placement_text(m.placement),
+            ratio(&Kind::TESTPMD),
+            ratio(&Kind::OVS)
         );
     }
     t
+}
+
+/// Results for tests.
+#[cfg(test)]
+pub(crate) mod test_support {
+    use super::*;
+
+    /// An undisturbed window.
+    pub fn window(mpps: f64) -> Window {
+        Window {
+            mpps,
+            seconds: 1.0,
+            slices: 10,
+            undisturbed: 10,
+            findings: Findings::default(),
+            round_trip_ns: [90.0; 2],
+            switch_waited: 0.0,
+            generator_waited: 0.0,
+            generator_idle: 0.5,
+            steal_ms: 0,
+        }
+    }
+
+    /// A workload with three windows about these figures.
+    pub fn measurement(workload: Workload, figures: &[(Kind, f64)]) -> Measurement {
+        let series = figures.iter().map(|&(system, mpps)| Series {
+            system,
+            windows: [0.99, 1.0, 1.01].map(|k| window(mpps * k)).to_vec(),
+            tracked: None,
+            failure: None,
+        });
+        Measurement { workload, series: series.collect() }
+    }
+
+    /// A metric of this value, less being better for times.
+    pub fn metric(name: &str, system: Kind, value: f64) -> Metric {
+        let figure = Figure { median: value, min: value, max: value, count: 3 };
+        let higher_is_better = !name.contains(" p");
+        Metric { name: name.into(), system, unit: "us".into(), higher_is_better, figure, placement: None }
+    }
+
+    /// A run of these.
+    pub fn run(throughput: Vec<Measurement>, metrics: Vec<Metric>) -> Run {
+        Run { format: 1, environment: Environment::default(), throughput, metrics, micro: String::new() }
+    }
 }

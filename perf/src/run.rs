@@ -2,7 +2,7 @@
 use crate::affinity::{self, SchedStat, Urgency};
 use crate::check::Findings;
 use crate::exchange::Pair;
-use crate::frame::Transport;
+use crate::frame::{MTU, Transport};
 use crate::generator::{Generator, Tally};
 use crate::guest::ring::{DriverRing, RingFormat};
 use crate::guest::{GuestSpec, packed::PackedRing, split::SplitRing};
@@ -14,7 +14,7 @@ use crate::stream::Step;
 use crate::system::{Kind, Setup, System};
 use crate::virtio_user::VirtioUser;
 use crate::workload::Workload;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::path::Path;
@@ -53,11 +53,23 @@ impl Plan {
     /// For a full run.
     pub fn full(generator_core: usize, switch_core: usize) -> Self {
         Self {
-            window: Duration::from_millis(1000),
-            wanted: 7,
-            budget: Duration::from_secs(60),
+            window: Duration::from_millis(700),
+            wanted: 5,
+            budget: Duration::from_secs(30),
             ..Self::quick(generator_core, switch_core)
         }
+    }
+}
+
+impl Plan {
+    /// About how long a workload takes, if nothing disturbs it: its windows, with the probes around them, and the opening of
+    /// its connections.
+    pub fn estimate(&self, workload: &Workload) -> Duration {
+        let turns = (self.wanted * workload.systems.len()) as u32;
+        // Each window is preceded by a warm-up of an eighth and surrounded by two probes and a drain.
+        let windows = (self.window * 9 / 8 + Duration::from_millis(150)) * turns;
+        let frames = u64::from(workload.connections) * workload.busy_pairs as u64 * workload.systems.len() as u64;
+        windows.min(self.budget) + Duration::from_secs(4) + Duration::from_micros(frames * 2)
     }
 }
 
@@ -80,14 +92,20 @@ impl Bench {
         Ok(Self { plan, folder, running: BTreeMap::new(), setup: None })
     }
 
+    /// How long and how often it measures.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
     /// Measures one workload. A switch that cannot be measured is reported as such; the others are measured all the same.
     ///
     /// # Errors
     /// When the generator itself fails.
     pub fn measure(&mut self, workload: &Workload, most_connections: u32) -> Result<Measurement> {
-        let mtu = workload.frame_bytes.saturating_sub(14).max(1504);
-        let connections = most_connections.max(workload.connections);
-        let failures = self.ensure(&workload.systems, (workload.ports, mtu, workload.rules, connections));
+        // Two ports are given room for the largest workload, so that they need not be started anew for it; many are not.
+        let connections =
+            if workload.ports > 2 { workload.connections } else { most_connections.max(workload.connections) };
+        let failures = self.ensure(&workload.systems, (workload.ports, workload.mtu(), workload.rules, connections));
         let systems: Vec<&mut Box<dyn System>> =
             self.running.iter_mut().filter(|(k, _)| workload.systems.contains(k)).map(|(_, s)| s).collect();
         let plan = self.plan;
@@ -127,6 +145,8 @@ impl Bench {
             self.running.clear();
             self.setup = Some(key);
         }
+        // Each holds huge pages.
+        self.running.retain(|k, _| kinds.contains(k));
         let setup = Setup {
             folder: self.folder.path().to_path_buf(),
             ports: key.0,
@@ -168,7 +188,7 @@ impl Bench {
         rounds: usize,
         most_connections: u32,
     ) -> Result<(Vec<Metric>, BTreeMap<Kind, String>)> {
-        let mut failures = self.ensure(kinds, (2, 1504, 0, most_connections.max(job.connections())));
+        let mut failures = self.ensure(kinds, (2, MTU, 0, most_connections.max(job.connections())));
         let plan = self.plan;
         let systems: Vec<&mut Box<dyn System>> =
             self.running.iter_mut().filter(|(k, _)| kinds.contains(k)).map(|(_, s)| s).collect();
@@ -186,18 +206,19 @@ impl Bench {
         Ok((metrics, failures))
     }
 
-    /// Throughput with DPDK's virtio-user as the generator, both directions, for switches that look at addresses only.
+    /// Throughput with DPDK's virtio-user as the generator, both directions.
     ///
     /// # Errors
     /// When the probe fails.
     pub fn virtio_user(
         &mut self,
-        frame_bytes: usize,
+        job: VirtioUserJob,
         kinds: &[Kind],
         rounds: usize,
     ) -> Result<(Vec<Metric>, BTreeMap<Kind, String>)> {
-        // Whatever is up already will do: L2 switches do not depend on connections.
-        let key = self.setup.filter(|k| k.0 == 2 && k.2 == 0 && k.1 + 14 >= frame_bytes).unwrap_or((2, 1504, 0, 1));
+        // Whatever is up already will do: there is one connection.
+        let fits = |k: &(usize, usize, usize, u32)| k.0 == 2 && k.2 == 0 && k.1 + 14 >= job.frame_bytes;
+        let key = self.setup.filter(fits).unwrap_or((2, MTU, 0, 1));
         let mut failures = self.ensure(kinds, key);
         let plan = self.plan;
         let folder = self.folder.path().to_path_buf();
@@ -209,34 +230,12 @@ impl Bench {
                     continue;
                 }
                 system.process().resume();
-                let turn = (|| {
-                    let generator = match generators.entry(kind) {
-                        Entry::Occupied(e) => e.into_mut(),
-                        Entry::Vacant(e) => {
-                            e.insert(VirtioUser::start(system.sockets(), plan.generator_core, frame_bytes, &folder)?)
-                        }
-                    };
-                    generator.process().pause();
-                    let (pmd, _) = affinity::threads(system.process().id(), plan.switch_core)?;
-                    pmd.iter().for_each(|&t| affinity::set_urgency(t, Urgency::Measured));
-                    let before = regime::round_trip_ns(plan.generator_core, plan.switch_core)?;
-                    generator.process().resume();
-                    let mpps = generator.mpps(plan.window);
-                    // Before the probe: it needs both cores.
-                    generator.process().pause();
-                    let mpps = mpps?;
-                    let after = regime::round_trip_ns(plan.generator_core, plan.switch_core)?;
-                    let [before, after] = [before, after].map(Placement::of);
-                    anyhow::Ok(((before == after).then_some(before), mpps))
-                })();
-                match turn {
+                match virtio_user_turn(&plan, job, system, generators.entry(kind), &folder) {
                     Ok(turn) => turns.entry(kind).or_default().push(turn),
                     Err(e) => {
                         failures.insert(kind, format!("{e:#}"));
+                        generators.remove(&kind);
                     }
-                }
-                if failures.contains_key(&kind) {
-                    generators.remove(&kind);
                 }
                 system.process().pause();
             }
@@ -248,8 +247,7 @@ impl Bench {
         let metrics = turns.iter().filter_map(|(&system, turns)| {
             let counted = turns.iter().filter(|t| placement.is_none() || t.0 == placement).map(|t| t.1);
             let figure = Figure::of(&counted.collect::<Vec<_>>())?;
-            let name = format!("virtio-user l2-{frame_bytes}");
-            Some(Metric { name, system, unit: "Mpps".into(), higher_is_better: true, figure, placement })
+            Some(Metric { name: job.name(), system, unit: "Mpps".into(), higher_is_better: true, figure, placement })
         });
         Ok((metrics.collect(), failures))
     }
@@ -258,6 +256,58 @@ impl Bench {
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
+}
+
+/// A job for DPDK's virtio-user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtioUserJob {
+    /// Length of each frame, bytes.
+    pub frame_bytes: usize,
+    /// Ring format of the guests.
+    pub rings: RingFormat,
+    /// Whether it is for switches that track connections.
+    pub stateful: bool,
+}
+
+impl VirtioUserJob {
+    /// Its name in results.
+    pub fn name(self) -> String {
+        let what = if self.stateful { "stateful" } else { "l2" };
+        let rings = if self.rings == RingFormat::Packed { "-packed" } else { "" };
+        format!("virtio-user {what}-{}{rings}", self.frame_bytes)
+    }
+}
+
+/// One window: the placement of the cores, if it stayed, and million frames per second.
+fn virtio_user_turn(
+    plan: &Plan,
+    job: VirtioUserJob,
+    system: &mut Box<dyn System>,
+    generator: Entry<'_, Kind, VirtioUser>,
+    folder: &Path,
+) -> Result<(Option<Placement>, f64)> {
+    let generator = match generator {
+        Entry::Occupied(e) => e.into_mut(),
+        Entry::Vacant(e) => {
+            let core = plan.generator_core;
+            e.insert(VirtioUser::start(system.sockets(), core, job.frame_bytes, job.rings, folder)?)
+        }
+    };
+    generator.process().pause();
+    let urgency = Urgent::switch(system.process().id(), plan.switch_core)?;
+    let before = regime::round_trip_ns(plan.generator_core, plan.switch_core)?;
+    generator.process().resume();
+    let mpps = generator.mpps(plan.window);
+    // Before the probe: it needs both cores.
+    generator.process().pause();
+    let mpps = mpps?;
+    let after = regime::round_trip_ns(plan.generator_core, plan.switch_core)?;
+    drop(urgency);
+    if system.connections()? == Some(0) {
+        bail!("it has tracked no connection");
+    }
+    let [before, after] = [before, after].map(Placement::of);
+    Ok(((before == after).then_some(before), mpps))
 }
 
 /// One switch under the workload.
@@ -334,10 +384,12 @@ impl<R: DriverRing> Subject<'_, R> {
 
     /// Attaches guests and opens all connections.
     fn open(&mut self, plan: &Plan, workload: &Workload) -> Result<()> {
-        let spec = GuestSpec::new(workload.frame_bytes).format(workload.rings);
+        let spec = GuestSpec { listens: self.system.dials(), ..workload.guests() };
         let sockets = self.system.sockets();
         let mut generator = Generator::<R>::attach(sockets, &spec)?;
         generator.streams(workload.streams());
+        // Noticing guests is the work of a switch's other threads, some of which it may only start for that.
+        ready(&mut generator, workload)?;
         let _urgency = Urgent::new(self.system.process().id(), plan.switch_core)?;
         open(&mut generator, workload)?;
         self.generator = Some(generator);
@@ -394,28 +446,59 @@ impl<R: DriverRing> Subject<'_, R> {
     }
 }
 
-/// The switch's threads and the calling one, urgent until dropped.
-struct Urgent {
-    pmd: Vec<u32>,
+/// The switch's threads, and the calling one if it is measured, urgent until dropped.
+pub(crate) struct Urgent {
+    /// The switch's PMD threads.
+    pub(crate) pmd: Vec<u32>,
     others: Vec<u32>,
+    own: bool,
 }
 
 impl Urgent {
-    fn new(pid: u32, core: usize) -> Result<Self> {
+    pub(crate) fn new(pid: u32, core: usize) -> Result<Self> {
+        let mut this = Self::switch(pid, core)?;
+        this.own = true;
+        affinity::set_urgency(0, Urgency::Measured);
+        Ok(this)
+    }
+
+    /// The switch's threads alone.
+    fn switch(pid: u32, core: usize) -> Result<Self> {
         let (pmd, others) = affinity::threads(pid, core)?;
-        let this = Self { pmd, others };
+        let this = Self { pmd, others, own: false };
         this.others.iter().for_each(|&t| affinity::set_urgency(t, Urgency::Helper));
         this.pmd.iter().for_each(|&t| affinity::set_urgency(t, Urgency::Measured));
-        affinity::set_urgency(0, Urgency::Measured);
         Ok(this)
     }
 }
 
 impl Drop for Urgent {
     fn drop(&mut self) {
-        affinity::set_urgency(0, Urgency::Ordinary);
+        if self.own {
+            affinity::set_urgency(0, Urgency::Ordinary);
+        }
         self.pmd.iter().chain(&self.others).for_each(|&t| affinity::set_urgency(t, Urgency::Ordinary));
     }
+}
+
+/// Waits until the switch forwards between the guests of each pair.
+///
+/// # Errors
+/// When frames do not arrive within 10 s.
+pub fn ready<R: DriverRing>(generator: &mut Generator<R>, workload: &Workload) -> Result<()> {
+    let first = match workload.transport {
+        Transport::Udp => Step::Data,
+        Transport::Tcp => Step::Syn,
+    };
+    for pair in 0..workload.busy_pairs {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while let Err(e) = generator.phase(2 * pair, first, 1, Duration::from_millis(100)) {
+            if Instant::now() > deadline {
+                return Err(e.context("the switch does not forward"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Waits until the switch forwards and opens all connections of the workload.
@@ -423,21 +506,11 @@ impl Drop for Urgent {
 /// # Errors
 /// When frames do not arrive.
 pub fn open<R: DriverRing>(generator: &mut Generator<R>, workload: &Workload) -> Result<()> {
+    ready(generator, workload)?;
     let patience = Duration::from_secs(2);
     let n = u64::from(workload.connections);
     for pair in 0..workload.busy_pairs {
         let (forth, back) = (2 * pair, 2 * pair + 1);
-        let first = match workload.transport {
-            Transport::Udp => Step::Data,
-            Transport::Tcp => Step::Syn,
-        };
-        // Switches take a moment to notice guests.
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while let Err(e) = generator.phase(forth, first, 1, Duration::from_millis(100)) {
-            if Instant::now() > deadline {
-                return Err(e.context("the switch does not forward"));
-            }
-        }
         match workload.transport {
             Transport::Udp => {
                 generator.phase(forth, Step::Data, n, patience)?;
@@ -447,6 +520,8 @@ pub fn open<R: DriverRing>(generator: &mut Generator<R>, workload: &Workload) ->
                 generator.phase(forth, Step::Syn, n, patience)?;
                 generator.phase(back, Step::SynAck, n, patience)?;
                 generator.phase(forth, Step::Ack, n, patience)?;
+                // The window of a SYN-ACK is not scaled: without this, nobody may send more than 64 KB yet.
+                generator.phase(back, Step::Ack, n, patience)?;
             }
         }
     }
@@ -460,16 +535,21 @@ pub enum Exchange {
     PingPong,
     /// One direction at this share of what the switch can take in one direction, percent.
     Loaded(u8),
-    /// New TCP connections: this many per turn.
-    Handshakes(u32),
-    /// The same, closed at once by FIN.
-    HandshakesWithClose(u32),
+    /// New TCP connections.
+    Handshakes {
+        /// Connections per turn.
+        count: u32,
+        /// Connections under way at a time.
+        under_way: u32,
+        /// Closed at once by FIN.
+        close: bool,
+    },
 }
 
 impl Exchange {
     fn connections(self) -> u32 {
         match self {
-            Self::Handshakes(n) | Self::HandshakesWithClose(n) => n * 2,
+            Self::Handshakes { count, .. } => count * 2,
             _ => 1,
         }
     }
@@ -478,8 +558,9 @@ impl Exchange {
         match self {
             Self::PingPong => "ping-pong-64".into(),
             Self::Loaded(percent) => format!("one-way-64-at-{percent}%"),
-            Self::Handshakes(_) => "tcp-handshakes".into(),
-            Self::HandshakesWithClose(_) => "tcp-handshakes-with-fin".into(),
+            Self::Handshakes { under_way: 1, .. } => "tcp-handshakes-one-at-a-time".into(),
+            Self::Handshakes { close: false, .. } => "tcp-handshakes".into(),
+            Self::Handshakes { close: true, .. } => "tcp-handshakes-with-fin".into(),
         }
     }
 
@@ -494,9 +575,8 @@ impl Exchange {
                 let (times, _) = pair.steady(most * f64::from(percent) / 100.0, Duration::from_millis(200))?;
                 (None, times.quantiles())
             }
-            Self::Handshakes(n) | Self::HandshakesWithClose(n) => {
-                let close = matches!(self, Self::HandshakesWithClose(_));
-                let done = pair.handshakes(0, n, close)?;
+            Self::Handshakes { count, under_way, close } => {
+                let done = pair.handshakes(0, count, under_way, close)?;
                 (Some(done.per_second), done.setup_ns.quantiles())
             }
         })
@@ -516,7 +596,7 @@ fn exchange_rounds(
     systems: Vec<&mut Box<dyn System>>,
 ) -> (Vec<Metric>, BTreeMap<Kind, String>) {
     let transport = match job {
-        Exchange::Handshakes(_) | Exchange::HandshakesWithClose(_) => Transport::Tcp,
+        Exchange::Handshakes { .. } => Transport::Tcp,
         _ => Transport::Udp,
     };
     let mut failures = BTreeMap::new();
@@ -559,7 +639,7 @@ fn exchange_turn(
     if fresh {
         let workload = Workload::stateful(transport, 64, 1);
         let streams: Vec<_> = workload.streams().into_iter().map(|(_, _, s)| s).collect();
-        let [a, b] = system.sockets() else { anyhow::bail!("two ports are needed") };
+        let [a, b] = system.sockets() else { bail!("two ports are needed") };
         let streams: [_; 2] = streams.try_into().ok().context("two streams")?;
         *pair = Some(Pair::attach([a, b], &GuestSpec::new(64), streams)?);
     }
@@ -569,7 +649,7 @@ fn exchange_turn(
     let deadline = Instant::now() + Duration::from_secs(10);
     let ready = |pair: &mut Pair<SplitRing>| match transport {
         Transport::Udp => pair.ping_pong(Duration::from_millis(20)).map(drop),
-        Transport::Tcp => match pair.handshakes(0, 32, false) {
+        Transport::Tcp => match pair.handshakes(0, 32, 32, false) {
             Ok(h) if h.failed > 0 => Err(anyhow::anyhow!("{} of 32 connections failed", h.failed)),
             other => other.map(drop),
         },

@@ -3,6 +3,7 @@
 //! switch could take.
 use crate::affinity::{self, Urgency};
 use crate::frame::Station;
+use crate::guest::ring::RingFormat;
 use crate::process::Process;
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
@@ -20,7 +21,13 @@ impl VirtioUser {
     ///
     /// # Errors
     /// When testpmd is missing or the switch does not answer.
-    pub fn start(sockets: &[PathBuf], core: usize, frame_bytes: usize, folder: &Path) -> Result<Self> {
+    pub fn start(
+        sockets: &[PathBuf],
+        core: usize,
+        frame_bytes: usize,
+        rings: RingFormat,
+        folder: &Path,
+    ) -> Result<Self> {
         let mut c = Command::new("stdbuf");
         // The command line's thread must not share the sending thread's core alone: it would never get to answer.
         let last = std::thread::available_parallelism().map_or(1, usize::from) - 1;
@@ -28,7 +35,11 @@ impl VirtioUser {
         c.args(["--in-memory", "--single-file-segments", "--no-pci", "--no-telemetry", "-m", "256"]);
         for (i, socket) in sockets.iter().take(2).enumerate() {
             let mac = Station::new(i as u8 + 1).mac_text();
-            c.arg(format!("--vdev=net_virtio_user{i},path={},mac={mac},queue_size=256,mrg_rxbuf=1", socket.display()));
+            let packed = u8::from(rings == RingFormat::Packed);
+            c.arg(format!(
+                "--vdev=net_virtio_user{i},path={},mac={mac},queue_size=256,mrg_rxbuf=1,packed_vq={packed}",
+                socket.display()
+            ));
         }
         c.args([
             "--",

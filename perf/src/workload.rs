@@ -1,5 +1,6 @@
 //! Workloads: what is sent, and which switches it is sent through.
-use crate::frame::{FrameKind, Station, Transport};
+use crate::frame::{FrameKind, IMIX, IMIX_AVERAGE_BYTES, MTU, Shape, Station, TSO_FRAME_BYTES, Transport};
+use crate::guest::GuestSpec;
 use crate::guest::ring::RingFormat;
 use crate::stream::{Spread, StreamSpec};
 use crate::system::Kind;
@@ -10,8 +11,11 @@ use serde::{Deserialize, Serialize};
 pub struct Workload {
     /// Unique name.
     pub name: String,
-    /// Length of each frame, bytes, without frame check sequence.
+    /// Length of each frame (of a mix: of the longest), bytes, without frame check sequence.
     pub frame_bytes: usize,
+    /// What frames are like besides.
+    #[serde(default)]
+    pub shape: Shape,
     /// Transport protocol.
     pub transport: Transport,
     /// IPv6.
@@ -40,6 +44,7 @@ impl Workload {
         Self {
             name: format!("l2-{frame_bytes}"),
             frame_bytes,
+            shape: Shape::Plain,
             transport: Transport::Udp,
             ipv6: false,
             connections: 1,
@@ -68,10 +73,75 @@ impl Workload {
         }
     }
 
+    /// Frames of several lengths.
+    pub fn imix(mut self) -> Self {
+        self.name = self.name.replace(&self.frame_bytes.to_string(), "imix");
+        self.shape = Shape::Imix;
+        self.frame_bytes = IMIX.into_iter().max().unwrap_or_default();
+        self
+    }
+
+    /// TCP between guests that leave the segmentation to the switch: frames of 64 KB, through the systems that pass them on.
+    pub fn tso(stateful: bool) -> Self {
+        let systems = match stateful {
+            false => vec![Kind::TestpmdTso, Kind::FerryL2, Kind::OvsL2Tso],
+            true => vec![Kind::TestpmdTso, Kind::FerryFirewall, Kind::OvsCtTso],
+        };
+        Self {
+            name: if stateful { "stateful-tcp-tso-1" } else { "l2-tcp-tso" }.into(),
+            shape: Shape::Tso,
+            systems,
+            ..Self::stateful(Transport::Tcp, TSO_FRAME_BYTES, 1)
+        }
+    }
+
     /// With OVS also in its per-port form.
     pub fn per_port_zones(mut self) -> Self {
         self.systems.push(Kind::OvsCtPerPort);
         self
+    }
+
+    /// With the kernel, in the form that does the same job.
+    pub fn kernel(mut self) -> Self {
+        self.systems.push(if self.stateful_systems() { Kind::KernelFirewall } else { Kind::KernelL2 });
+        self
+    }
+
+    /// Whether some of its switches are stateful.
+    pub fn stateful_systems(&self) -> bool {
+        self.systems.iter().any(|s| s.stateful())
+    }
+
+    /// The first pairs of guests of 16 ports are busy.
+    pub fn busy(self, pairs: usize) -> Self {
+        self.variant(&format!("{pairs}-of-8-pairs"), |w| (w.ports, w.busy_pairs) = (16, pairs))
+    }
+
+    /// Longest IP packet that the switches are told, bytes.
+    pub fn mtu(&self) -> usize {
+        match self.shape {
+            Shape::Tso => MTU,
+            _ => self.frame_bytes.saturating_sub(14).max(MTU),
+        }
+    }
+
+    /// Bytes that a frame carries on average: the whole frame; of one that is to be segmented, its payload.
+    pub fn average_bytes(&self) -> f64 {
+        match self.shape {
+            Shape::Plain => self.frame_bytes as f64,
+            Shape::Imix => IMIX_AVERAGE_BYTES,
+            Shape::Tso => self.kind().payload_bytes() as f64,
+        }
+    }
+
+    /// The guests that it needs.
+    pub fn guests(&self) -> GuestSpec {
+        let spec = GuestSpec::new(self.frame_bytes).format(self.rings);
+        GuestSpec { offloads: self.shape == Shape::Tso, ..spec }
+    }
+
+    fn kind(&self) -> FrameKind {
+        FrameKind { bytes: self.frame_bytes, transport: self.transport, ipv6: self.ipv6 }
     }
 
     /// Changes something and appends what to the name.
@@ -83,7 +153,7 @@ impl Workload {
 
     /// Streams as (sender, receiver, description).
     pub fn streams(&self) -> Vec<(usize, usize, StreamSpec)> {
-        let kind = FrameKind { bytes: self.frame_bytes, transport: self.transport, ipv6: self.ipv6 };
+        let kind = self.kind();
         let mut streams = Vec::new();
         for pair in 0..self.busy_pairs {
             let (a, b) = (2 * pair, 2 * pair + 1);
@@ -95,6 +165,7 @@ impl Workload {
                 opener: true,
                 connections: self.connections,
                 spread: self.spread,
+                shape: self.shape,
             };
             let back = StreamSpec { from: second, to: first, opener: false, ..forth.clone() };
             streams.push((a, b, forth));
@@ -102,11 +173,6 @@ impl Workload {
             streams.push((b, a, back));
         }
         streams
-    }
-
-    /// Whether its switches are stateful.
-    pub fn stateful_systems(&self) -> bool {
-        self.systems.iter().any(|s| matches!(s, Kind::FerryFirewall | Kind::OvsCt | Kind::OvsCtPerPort))
     }
 }
 
@@ -131,34 +197,50 @@ pub fn quick() -> Vec<Workload> {
     ]
 }
 
-/// What `ferry-perf run` measures, in this order.
+/// What `ferry-perf run` measures, in this order: switches that the next workload has as well stay up.
 pub fn full() -> Vec<Workload> {
-    let mut all = Vec::new();
-    all.extend([64, 128, 256, 512, 1024, 1518].map(Workload::l2));
-    all.extend([64, 1518].map(|bytes| Workload::l2(bytes).variant("packed", |w| w.rings = RingFormat::Packed)));
-    all.extend([64, 1518].map(|bytes| Workload::l2(bytes).variant("one-way", |w| w.both_directions = false)));
-    for transport in [Transport::Udp, Transport::Tcp] {
-        all.extend(
-            [1, 1000, 10_000, 100_000, 1_000_000].map(|n| Workload::stateful(transport, 64, n).per_port_zones()),
-        );
+    let packed = |w: &mut Workload| w.rings = RingFormat::Packed;
+    let one_way = |w: &mut Workload| w.both_directions = false;
+    let skewed = |w: &mut Workload| w.spread = Spread::Skewed;
+    let ipv6 = |w: &mut Workload| w.ipv6 = true;
+    let (udp, tcp) = (Transport::Udp, Transport::Tcp);
+
+    let mut all = vec![Workload::l2(64).kernel(), Workload::l2(1518).kernel()];
+    all.extend([128, 256, 512, 1024].map(Workload::l2));
+    all.push(Workload::l2(1518).imix());
+    all.extend([64, 1518].map(|bytes| Workload::l2(bytes).variant("packed", packed)));
+    all.extend([64, 1518].map(|bytes| Workload::l2(bytes).variant("one-way", one_way)));
+    all.push(Workload::l2(128).variant("ipv6", ipv6));
+
+    for n in [1, 10_000] {
+        all.push(Workload::stateful(udp, 64, n).kernel().per_port_zones());
     }
-    all.extend([512, 1518].map(|bytes| Workload::stateful(Transport::Udp, bytes, 1)));
-    all.push(Workload::stateful(Transport::Tcp, 1518, 1));
-    all.push(Workload::stateful(Transport::Udp, 1518, 10_000));
-    all.push(Workload::stateful(Transport::Udp, 64, 100_000).variant("skewed", |w| w.spread = Spread::Skewed));
-    all.push(Workload::stateful(Transport::Udp, 128, 10_000).variant("ipv6", |w| w.ipv6 = true));
-    all.push(Workload::stateful(Transport::Tcp, 128, 10_000).variant("ipv6", |w| w.ipv6 = true));
-    all.push(Workload::stateful(Transport::Udp, 64, 10_000).variant("packed", |w| w.rings = RingFormat::Packed));
-    // Each of these needs the switches to be started anew: last.
-    all.push(Workload::l2(9000));
-    all.push(Workload::l2(64).variant("16-ports", |w| w.ports = 16));
+    all.extend([1000, 100_000, 1_000_000].map(|n| Workload::stateful(udp, 64, n).per_port_zones()));
+    all.extend([1, 1000, 10_000, 100_000, 1_000_000].map(|n| Workload::stateful(tcp, 64, n).per_port_zones()));
+    all.push(Workload::stateful(udp, 1518, 1).kernel());
+    all.extend([128, 256, 512, 1024, 1518].map(|bytes| Workload::stateful(udp, bytes, 10_000)));
+    all.push(Workload::stateful(udp, 512, 1));
+    all.push(Workload::stateful(tcp, 1518, 1));
+    all.push(Workload::stateful(tcp, 512, 10_000));
+    all.extend([1, 10_000].map(|n| Workload::stateful(udp, 1518, n).imix()));
+    all.extend([udp, tcp].map(|t| Workload::stateful(t, 64, 100_000).variant("skewed", skewed)));
+    all.extend([udp, tcp].map(|t| Workload::stateful(t, 128, 10_000).variant("ipv6", ipv6)));
+    all.extend([udp, tcp].map(|t| Workload::stateful(t, 64, 10_000).variant("packed", packed)));
+    all.push(Workload::stateful(udp, 1518, 1).variant("packed", packed));
+    all.extend([64, 1518].map(|bytes| Workload::stateful(udp, bytes, 10_000).variant("one-way", one_way)));
+
+    // From here on the switches have to be started anew.
+    all.extend([Workload::tso(false), Workload::tso(true)]);
+    all.extend([Workload::l2(9000), Workload::stateful(udp, 9000, 1)]);
+    all.extend([1, 2, 4, 8].map(|pairs| Workload::l2(64).busy(pairs)));
+    all.extend([1, 2, 4, 8].map(|pairs| Workload::stateful(udp, 64, 1000).busy(pairs)));
     all.push(Workload::l2(64).variant("64-ports", |w| {
         w.ports = 64;
         // Debian's DPDK has at most 32 ports in one process; OVS's vhost ports do not count among them.
         w.systems.retain(|&s| s != Kind::TestpmdIo);
     }));
-    for rules in [1000, 10_000] {
-        all.push(Workload::stateful(Transport::Tcp, 64, 1).variant(&format!("{rules}-rules"), |w| {
+    for rules in [10, 1000, 10_000] {
+        all.push(Workload::stateful(tcp, 64, 1).variant(&format!("{rules}-rules"), |w| {
             w.rules = rules;
             w.systems = vec![Kind::FerryFirewall, Kind::OvsCt];
         }));
@@ -180,6 +262,7 @@ mod tests {
                 let kind = FrameKind { bytes: w.frame_bytes, transport: w.transport, ipv6: w.ipv6 };
                 assert!(w.frame_bytes >= kind.shortest() && w.ports >= 2 * w.busy_pairs, "{}", w.name);
                 assert_eq!(w.streams().len(), 2 * w.busy_pairs);
+                assert!(w.average_bytes() <= w.frame_bytes as f64 && w.mtu() >= 1504);
             }
         }
     }

@@ -3,6 +3,7 @@
 //! A ring has a fixed set of buffers. They go to the device in the order in which they came back, so that nothing is
 //! rewritten while the device completes buffers in order: publishing a split-ring buffer then is an index, no more.
 use super::memory::{Area, GuestMemory};
+use super::pool::Pool;
 use anyhow::{Result, bail};
 
 /// Which of the two ring formats.
@@ -22,6 +23,11 @@ pub const HEADROOM: usize = 64 - NET_HEADER;
 
 /// Bytes of the virtio-net header with `num_buffers` (section 5.1.6).
 pub const NET_HEADER: usize = 12;
+
+/// A descriptor is continued in the next one (VIRTQ_DESC_F_NEXT, sections 2.7.5 and 2.8.6).
+pub(super) const DESC_NEXT: u16 = 1;
+/// The device writes to the buffer (VIRTQ_DESC_F_WRITE).
+pub(super) const DESC_WRITE: u16 = 2;
 
 /// Geometry of one ring and its buffers.
 #[derive(Clone, Copy, Debug)]
@@ -88,21 +94,12 @@ pub trait DriverRing: Send {
     where
         Self: Sized;
 
-    /// Buffers in all.
-    fn buffers(&self) -> u16;
+    /// Its buffers.
+    fn pool(&self) -> &Pool;
 
     /// Takes back what the device has completed, at most `max` buffers; says how many. `None`: what the device has written
     /// makes no sense (an id that it does not hold, more buffers than it was given).
     fn collect(&mut self, max: u16) -> Option<u16>;
-
-    /// The `i`-th of the buffers that [`Self::collect`] took back last.
-    fn collected(&self, i: u16) -> Completion;
-
-    /// Buffers in the driver's hands.
-    fn free(&self) -> u16;
-
-    /// The `i`-th buffer that [`Self::publish`] would hand over next; `i` below [`Self::free`].
-    fn next_free(&self, i: u16) -> u16;
 
     /// Hands the next `count` free buffers to the device, all at once. `count` must not exceed [`Self::free`].
     fn publish(&mut self, count: u16);
@@ -110,21 +107,60 @@ pub trait DriverRing: Send {
     /// Whether the device asks to be notified of published buffers.
     fn wants_kick(&self) -> bool;
 
-    /// Start of a buffer: where its virtio-net header begins. Valid for [`Self::buffer_len`] bytes while the guest's memory lives.
-    fn buffer(&self, buffer: u16) -> *mut u8;
-
-    /// Bytes of each buffer, header included.
-    fn buffer_len(&self) -> usize;
-
     /// Sets the bytes that the device is to read of each buffer, header included. Only for transmit rings, and only while
     /// all buffers are in the driver's hands.
     fn set_len(&mut self, bytes: usize);
+
+    /// The same of one buffer that is in the driver's hands; only where a buffer is one descriptor.
+    fn set_buffer_len(&mut self, buffer: u16, bytes: usize);
 
     /// The three areas (descriptors, driver, device).
     fn areas(&self) -> [Area; 3];
 
     /// Position to tell the device at the start (SET_VRING_BASE).
     fn base(&self) -> u16;
+
+    /// Buffers in all.
+    #[inline]
+    fn buffers(&self) -> u16 {
+        self.pool().buffers()
+    }
+
+    /// The `i`-th of the buffers that [`Self::collect`] took back last.
+    #[inline]
+    fn collected(&self, i: u16) -> Completion {
+        self.pool().collected(i)
+    }
+
+    /// Buffers in the driver's hands.
+    #[inline]
+    fn free(&self) -> u16 {
+        self.pool().free()
+    }
+
+    /// The `i`-th buffer that [`Self::publish`] would hand over next; `i` below [`Self::free`].
+    #[inline]
+    fn next_free(&self, i: u16) -> u16 {
+        self.pool().next_free(i)
+    }
+
+    /// Start of a buffer: where its virtio-net header begins. Valid for [`Self::buffer_len`] bytes while the guest's memory lives.
+    #[inline]
+    fn buffer(&self, buffer: u16) -> *mut u8 {
+        self.pool().buffer(buffer)
+    }
+
+    /// Bytes of each buffer, header included.
+    #[inline]
+    fn buffer_len(&self) -> usize {
+        self.pool().buffer_len()
+    }
+
+    /// What [`Self::set_len`] demands.
+    #[doc(hidden)]
+    fn check_len(&self, bytes: usize) {
+        assert!(self.free() == self.buffers() && bytes <= self.buffer_len(), "buffers are on loan, or too short");
+    }
 }
 
 /// Lengths of a chain's descriptors for a frame of `bytes` with header.

@@ -4,7 +4,7 @@ use super::memory::{GUEST_BASE, GuestMemory};
 use super::ring::{DriverRing, RingFormat};
 use anyhow::{Context, Result, bail};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
@@ -19,6 +19,7 @@ const F_GUEST_TSO6: u64 = 1 << 8;
 const F_HOST_TSO4: u64 = 1 << 11;
 const F_HOST_TSO6: u64 = 1 << 12;
 const F_MRG_RXBUF: u64 = 1 << 15;
+pub(super) const F_LOG_ALL: u64 = 1 << 26;
 const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 const F_VERSION_1: u64 = 1 << 32;
 const F_RING_PACKED: u64 = 1 << 34;
@@ -29,13 +30,16 @@ const OFFLOADS: u64 = F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_HO
 #[derive(Debug)]
 pub struct Session {
     probe: UnixStream,
-    _frontend: FrontendHandle,
+    pub(super) frontend: FrontendHandle,
+    /// The switch can log what it writes.
+    pub(super) can_log: bool,
     kicks: [EventFd; 2],
     _calls: [EventFd; 2],
     features: u64,
 }
 
-struct FrontendHandle(#[expect(dead_code, reason = "keeps the connection open")] Frontend);
+/// Keeps the connection open, and how the rings were set up.
+pub(super) struct FrontendHandle(pub(super) Frontend, pub(super) [VringConfigData; 2]);
 
 impl std::fmt::Debug for FrontendHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -57,6 +61,27 @@ fn connect(socket: &Path) -> Result<UnixStream> {
     }
 }
 
+/// Listens until a switch connects, 20 s at most: those that dial try again every second or so.
+fn accept(socket: &Path) -> Result<UnixStream> {
+    // Left by an earlier guest, or not there.
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket).with_context(|| socket.display().to_string())?;
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
+            }
+            Err(e) if Instant::now() > deadline => {
+                return Err(e).with_context(|| format!("no switch connects to {}", socket.display()));
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
 impl Session {
     /// Leads the session up to both rings being enabled. `rings` are receive and transmit ring.
     pub(super) fn start<R: DriverRing>(
@@ -65,20 +90,22 @@ impl Session {
         memory: &GuestMemory,
         rings: [&R; 2],
     ) -> Result<Self> {
-        let stream = connect(socket)?;
+        let stream = if spec.listens { accept(socket)? } else { connect(socket)? };
         // A switch that stops answering must not hang the suite.
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
         let probe = stream.try_clone()?;
         let mut frontend = Frontend::from_stream(stream, 2);
         let offered = frontend.get_features().context("GET_FEATURES")?;
         let packed = if spec.format == RingFormat::Packed { F_RING_PACKED } else { 0 };
-        let needed = F_VERSION_1 | F_PROTOCOL_FEATURES | F_MRG_RXBUF | packed;
+        let offloads = if spec.offloads { F_CSUM | F_GUEST_CSUM | F_HOST_TSO4 | F_GUEST_TSO4 } else { 0 };
+        let needed = F_VERSION_1 | F_PROTOCOL_FEATURES | F_MRG_RXBUF | packed | offloads;
         if offered & needed != needed {
             bail!("the switch offers features {offered:#x}, which lack {:#x}", needed & !offered);
         }
         let features = needed | if spec.offloads { offered & OFFLOADS } else { 0 };
         let protocol = frontend.get_protocol_features().context("GET_PROTOCOL_FEATURES")?;
-        let wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+        let wanted =
+            VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK | VhostUserProtocolFeatures::LOG_SHMFD;
         frontend.set_protocol_features(protocol & wanted).context("SET_PROTOCOL_FEATURES")?;
         frontend.set_owner().context("SET_OWNER")?;
         frontend.set_features(features).context("SET_FEATURES")?;
@@ -94,6 +121,7 @@ impl Session {
         let event = || EventFd::new(EFD_NONBLOCK).context("eventfd");
         let kicks = [event()?, event()?];
         let calls = [event()?, event()?];
+        let mut set_up = Vec::with_capacity(2);
         for (i, ring) in rings.into_iter().enumerate() {
             let [desc, driver, device] = ring.areas();
             let size = (desc.len / 16) as u16;
@@ -109,6 +137,7 @@ impl Session {
                 log_addr: None,
             };
             frontend.set_vring_addr(i, &addresses).context("SET_VRING_ADDR")?;
+            set_up.push(addresses);
             frontend.set_vring_kick(i, &kicks[i]).context("SET_VRING_KICK")?;
             frontend.set_vring_call(i, &calls[i]).context("SET_VRING_CALL")?;
         }
@@ -119,7 +148,14 @@ impl Session {
         for i in 0..2 {
             frontend.set_vring_enable(i, true).context("SET_VRING_ENABLE")?;
         }
-        Ok(Self { probe, _frontend: FrontendHandle(frontend), kicks, _calls: calls, features })
+        Ok(Self {
+            probe,
+            frontend: FrontendHandle(frontend, set_up.try_into().ok().context("two rings")?),
+            can_log: offered & F_LOG_ALL != 0 && protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD),
+            kicks,
+            _calls: calls,
+            features,
+        })
     }
 
     /// Signals ring `i`'s kick descriptor.

@@ -34,8 +34,27 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// What the ports' firewalls let pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Firewall {
+    /// There are none.
+    Off,
+    /// Connections from station to station, to the answerer's ports.
+    On,
+    /// Connections from any address to any port.
+    Open,
+}
+
+impl From<bool> for Firewall {
+    fn from(on: bool) -> Self {
+        if on { Self::On } else { Self::Off }
+    }
+}
+
 /// The configuration: port `n` belongs to station `n`.
-pub fn config(setup: &Setup, firewall: bool, api: &Path, sockets: &[PathBuf]) -> String {
+pub fn config(setup: &Setup, firewall: impl Into<Firewall>, api: &Path, sockets: &[PathBuf]) -> String {
+    let firewall = firewall.into();
+    let (firewall, open) = (firewall != Firewall::Off, firewall == Firewall::Open);
     let mut t = String::new();
     // Writing to a String cannot fail.
     let _ = write!(
@@ -56,11 +75,12 @@ pub fn config(setup: &Setup, firewall: bool, api: &Path, sockets: &[PathBuf]) ->
                 i % 256
             );
         }
+        let first = if open { 1 } else { ANSWERER_PORT };
         for protocol in ["udp", "tcp"] {
             let _ = write!(
                 t,
                 "[[security_group.perf.rules]]\ndirection = \"ingress\"\nprotocol = \"{protocol}\"\n\
-                 ports = [\"{ANSWERER_PORT}-65535\"]\n"
+                 ports = [\"{first}-65535\"]\n"
             );
         }
     }
@@ -79,7 +99,12 @@ pub fn config(setup: &Setup, firewall: bool, api: &Path, sockets: &[PathBuf]) ->
             "[[port]]\nname = \"p{i}\"\ntype = \"vhost-user\"\nbridge = \"br0\"\nsocket = {socket:?}\nmtu = {}\n",
             setup.mtu
         );
-        if firewall {
+        if open {
+            let _ = write!(
+                t,
+                "vm = \"vm{i}\"\n[port.firewall]\nsecurity_groups = [\"perf\"]\nanti_spoofing = {{ enabled = false }}\n"
+            );
+        } else if firewall {
             let _ = write!(
                 t,
                 "vm = \"vm{i}\"\n[port.firewall]\nsecurity_groups = [\"perf\"]\n\
@@ -98,12 +123,15 @@ impl Ferry {
     ///
     /// # Errors
     /// When it does not come up; with its log.
-    pub fn start(setup: &Setup, firewall: bool) -> Result<Self> {
-        let kind = if firewall { Kind::FerryFirewall } else { Kind::FerryL2 };
+    pub fn start(setup: &Setup, kind: Kind) -> Result<Self> {
         let folder = setup.folder(kind.name())?;
         let sockets = socket_paths(&folder, setup.ports);
         let api = folder.join("api.sock");
         let file = folder.join("ferry.toml");
+        let firewall = match kind {
+            Kind::FerryFirewallOpen => Firewall::Open,
+            _ => kind.stateful().into(),
+        };
         std::fs::write(&file, config(setup, firewall, &api, &sockets))?;
         let mut command = Command::new("taskset");
         // Everything but the PMD thread, which pins itself, stays with the generator's core.
@@ -134,7 +162,7 @@ impl System for Ferry {
     }
 
     fn connections(&mut self) -> Result<Option<u64>> {
-        if self.kind == Kind::FerryL2 {
+        if !self.kind.stateful() {
             return Ok(None);
         }
         let text = self.cli(&["conntrack", "stats", "--json"])?;
@@ -144,7 +172,7 @@ impl System for Ferry {
     }
 
     fn flush(&mut self) -> Result<()> {
-        if self.kind == Kind::FerryFirewall {
+        if self.kind.stateful() {
             for i in 0..self.ports {
                 self.cli(&["conntrack", "flush", &format!("vm{i}")])?;
             }

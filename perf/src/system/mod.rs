@@ -1,10 +1,11 @@
 //! The switches under measurement. All listen on vhost-user sockets, so that the generator cannot tell them apart.
 pub mod ferry;
+pub mod kernel;
 pub mod ovs;
 pub mod testpmd;
 
 use crate::process::Process;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -14,16 +15,30 @@ use std::path::{Path, PathBuf};
 pub enum Kind {
     /// DPDK's testpmd: from one vhost port to the other, without looking at a packet.
     TestpmdIo,
+    /// The same with segmentation offload, so that frames longer than the MTU pass.
+    TestpmdTso,
     /// Ferry as a learning bridge.
     FerryL2,
     /// Ferry with a stateful firewall at both ends and anti-spoofing.
     FerryFirewall,
+    /// The same with rules that let all UDP pass and no anti-spoofing, for a generator that chooses addresses of its own.
+    FerryFirewallOpen,
     /// OVS with DPDK, action NORMAL.
     OvsL2,
     /// OVS with DPDK, connection tracking in one zone.
     OvsCt,
     /// OVS with DPDK, connection tracking in a zone for each port, as OVN does it.
     OvsCtPerPort,
+    /// OVS with DPDK, action NORMAL, with segmentation offload (`userspace-tso-enable`).
+    OvsL2Tso,
+    /// OVS with DPDK, connection tracking in one zone, with segmentation offload.
+    OvsCtTso,
+    /// The kernel's bridge.
+    KernelL2,
+    /// The kernel's bridge with connection tracking and nftables.
+    KernelFirewall,
+    /// No switch: a thread that hands the generator's buffers back ([`crate::ceiling`]).
+    Turnaround,
 }
 
 impl Kind {
@@ -31,36 +46,75 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Self::TestpmdIo => "testpmd-io",
+            Self::TestpmdTso => "testpmd-io-tso",
             Self::FerryL2 => "ferry-l2",
             Self::FerryFirewall => "ferry-firewall",
+            Self::FerryFirewallOpen => "ferry-firewall-open",
             Self::OvsL2 => "ovs-l2",
             Self::OvsCt => "ovs-ct",
             Self::OvsCtPerPort => "ovs-ct-per-port",
+            Self::OvsL2Tso => "ovs-l2-tso",
+            Self::OvsCtTso => "ovs-ct-tso",
+            Self::KernelL2 => "kernel-l2",
+            Self::KernelFirewall => "kernel-firewall",
+            Self::Turnaround => "no-switch",
         }
     }
 
     /// Whether it is Ferry.
     pub fn is_ferry(self) -> bool {
-        matches!(self, Self::FerryL2 | Self::FerryFirewall)
+        matches!(self, Self::FerryL2 | Self::FerryFirewall | Self::FerryFirewallOpen)
     }
 
     /// Whether it is OVS.
     pub fn is_ovs(self) -> bool {
-        matches!(self, Self::OvsL2 | Self::OvsCt | Self::OvsCtPerPort)
+        matches!(self, Self::OvsL2 | Self::OvsCt | Self::OvsCtPerPort | Self::OvsL2Tso | Self::OvsCtTso)
     }
+
+    /// Whether it is testpmd.
+    pub fn is_testpmd(self) -> bool {
+        matches!(self, Self::TestpmdIo | Self::TestpmdTso)
+    }
+
+    /// Whether it tracks connections.
+    pub fn stateful(self) -> bool {
+        matches!(
+            self,
+            Self::FerryFirewall
+                | Self::FerryFirewallOpen
+                | Self::OvsCt
+                | Self::OvsCtPerPort
+                | Self::OvsCtTso
+                | Self::KernelFirewall
+        )
+    }
+
+    /// What other systems' figures are divided by in the column of testpmd, the first that was measured.
+    pub const TESTPMD: [Self; 2] = [Self::TestpmdIo, Self::TestpmdTso];
+
+    /// The same of OVS, in the form that does the same job; with connections, one zone is its fastest.
+    pub const OVS: [Self; 4] = [Self::OvsCt, Self::OvsCtTso, Self::OvsL2, Self::OvsL2Tso];
 
     /// Starts it.
     ///
     /// # Errors
     /// When it is not installed or does not come up.
     pub fn start(self, setup: &Setup) -> Result<Box<dyn System>> {
+        use {ferry::Ferry, kernel::Kernel, ovs::Job, ovs::Ovs, testpmd::Testpmd};
         Ok(match self {
-            Self::TestpmdIo => Box::new(testpmd::Testpmd::start(setup)?),
-            Self::FerryL2 => Box::new(ferry::Ferry::start(setup, false)?),
-            Self::FerryFirewall => Box::new(ferry::Ferry::start(setup, true)?),
-            Self::OvsL2 => Box::new(ovs::Ovs::start(setup, ovs::Job::Normal)?),
-            Self::OvsCt => Box::new(ovs::Ovs::start(setup, ovs::Job::OneZone)?),
-            Self::OvsCtPerPort => Box::new(ovs::Ovs::start(setup, ovs::Job::ZonePerPort)?),
+            Self::TestpmdIo => Box::new(Testpmd::start(setup, false)?),
+            Self::TestpmdTso => Box::new(Testpmd::start(setup, true)?),
+            Self::FerryL2 => Box::new(Ferry::start(setup, self)?),
+            Self::FerryFirewall => Box::new(Ferry::start(setup, self)?),
+            Self::FerryFirewallOpen => Box::new(Ferry::start(setup, self)?),
+            Self::OvsL2 => Box::new(Ovs::start(setup, self, Job::Normal)?),
+            Self::OvsCt => Box::new(Ovs::start(setup, self, Job::OneZone)?),
+            Self::OvsCtPerPort => Box::new(Ovs::start(setup, self, Job::ZonePerPort)?),
+            Self::OvsL2Tso => Box::new(Ovs::start(setup, self, Job::Normal)?),
+            Self::OvsCtTso => Box::new(Ovs::start(setup, self, Job::OneZone)?),
+            Self::KernelL2 => Box::new(Kernel::start(setup, false)?),
+            Self::KernelFirewall => Box::new(Kernel::start(setup, true)?),
+            Self::Turnaround => bail!("it has no sockets: use `ferry-perf ceiling`"),
         })
     }
 }
@@ -102,6 +156,10 @@ pub trait System: Send {
     fn kind(&self) -> Kind;
     /// Sockets of its ports, on which it listens.
     fn sockets(&self) -> &[PathBuf];
+    /// Whether the guests have to listen on those sockets, and it connects.
+    fn dials(&self) -> bool {
+        false
+    }
     /// Its main process, which has the PMD thread.
     fn process(&mut self) -> &mut Process;
     /// Connections in its tables (of all ports), if it has any.

@@ -110,12 +110,8 @@ impl Ovs {
     ///
     /// # Errors
     /// When it is not installed, there are no huge pages, or it does not come up; with its log.
-    pub fn start(setup: &Setup, job: Job) -> Result<Self> {
-        let kind = match job {
-            Job::Normal => Kind::OvsL2,
-            Job::OneZone => Kind::OvsCt,
-            Job::ZonePerPort => Kind::OvsCtPerPort,
-        };
+    pub fn start(setup: &Setup, kind: Kind, job: Job) -> Result<Self> {
+        let tso = matches!(kind, Kind::OvsL2Tso | Kind::OvsCtTso);
         let Some(vswitchd) = vswitchd() else {
             bail!("OVS with DPDK is not installed: run `ferry-perf peers --install`")
         };
@@ -143,6 +139,7 @@ impl Ovs {
             "Open_vSwitch",
             ".",
             "other_config:dpdk-init=true",
+            &format!("other_config:userspace-tso-enable={tso}"),
             "other_config:dpdk-socket-mem=768",
             "other_config:dpdk-extra=--in-memory --no-pci --no-telemetry",
             &format!("other_config:dpdk-lcore-mask={}", mask(setup.generator_core)),
@@ -172,15 +169,23 @@ impl Ovs {
         for i in 0..setup.ports {
             let name = format!("p{i}");
             let request = format!("ofport_request={}", i + 1);
-            // The kind in which OVS listens; deprecated, but the one that all other systems here have as well.
-            let mut arguments =
-                vec!["add-port", "br0", &name, "--", "set", "Interface", &name, "type=dpdkvhostuser", &request];
+            let path = folder.join(&name);
+            // The kind in which OVS listens; deprecated, but the one that all other systems here have as well. It cannot do
+            // segmentation, the one in which OVS connects can.
+            let kind = match tso {
+                false => vec!["type=dpdkvhostuser".to_owned()],
+                true => {
+                    vec!["type=dpdkvhostuserclient".to_owned(), format!("options:vhost-server-path={}", path.display())]
+                }
+            };
+            let mut arguments = vec!["add-port", "br0", &name, "--", "set", "Interface", &name, &request];
+            arguments.extend(kind.iter().map(String::as_str));
             let mtu = format!("mtu_request={}", setup.mtu);
             if setup.mtu != 1500 {
                 arguments.push(&mtu);
             }
             this(&arguments)?;
-            sockets.push(folder.join(&name));
+            sockets.push(path);
         }
         let file = folder.join("flows");
         std::fs::write(&file, flows(job, setup.ports, setup.rules))?;
@@ -190,7 +195,7 @@ impl Ovs {
                 .arg(format!("unix:{}/br0.mgmt", folder.display()))
                 .arg(&file),
         )?;
-        let wanted = sockets.clone();
+        let wanted = if tso { Vec::new() } else { sockets.clone() };
         switch.wait_for("port sockets", Duration::from_secs(20), |_| wanted.iter().all(|s| s.exists()))?;
         let ovs = Self { kind, switch, _database: database, folder, sockets };
         if setup.connections > 0 && job != Job::Normal {
@@ -214,12 +219,16 @@ impl System for Ovs {
         &self.sockets
     }
 
+    fn dials(&self) -> bool {
+        matches!(self.kind, Kind::OvsL2Tso | Kind::OvsCtTso)
+    }
+
     fn process(&mut self) -> &mut Process {
         &mut self.switch
     }
 
     fn connections(&mut self) -> Result<Option<u64>> {
-        if self.kind == Kind::OvsL2 {
+        if !self.kind.stateful() {
             return Ok(None);
         }
         let text = self.ctl(&["dpctl/ct-get-nconns"])?;
@@ -227,7 +236,7 @@ impl System for Ovs {
     }
 
     fn flush(&mut self) -> Result<()> {
-        if self.kind != Kind::OvsL2 {
+        if self.kind.stateful() {
             self.ctl(&["dpctl/flush-conntrack"])?;
         }
         Ok(())

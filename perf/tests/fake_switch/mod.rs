@@ -4,7 +4,7 @@
 use memmap2::MmapRaw;
 use std::collections::VecDeque;
 use std::fs::File;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering, fence};
 use std::sync::{Arc, Mutex};
@@ -31,6 +31,12 @@ pub enum Fault {
     Truncate(u64),
     /// Each n-th frame comes after the one that follows it.
     Swap(u64),
+    /// Each n-th frame loses what its virtio-net header says about it.
+    Forget(u64),
+    /// Frames that are to be segmented are; no fault.
+    Segment,
+    /// The same, and each n-th segment of all is not forwarded.
+    SegmentAndDrop(u64),
     /// From the n-th frame on, used entries name buffers that do not exist.
     WrongId(u64),
 }
@@ -265,7 +271,8 @@ impl VhostUserBackendReqHandlerMut for State {
         Ok(())
     }
     fn get_features(&mut self) -> VhostResult<u64> {
-        Ok(1 << 15 | 1 << 30 | 1 << 32 | 1 << 34)
+        // CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4, MRG_RXBUF, PROTOCOL_FEATURES, VERSION_1, RING_PACKED.
+        Ok(1 | 1 << 1 | 1 << 7 | 1 << 11 | 1 << 15 | 1 << 30 | 1 << 32 | 1 << 34)
     }
     fn set_features(&mut self, features: u64) -> VhostResult<()> {
         self.packed = features & 1 << 34 != 0;
@@ -380,6 +387,9 @@ impl VhostUserBackendReqHandlerMut for State {
     }
 }
 
+/// The next guest's session, if there is one.
+type Sessions = Box<dyn FnMut() -> Option<UnixStream> + Send>;
+
 /// A running switch with two ports; what comes in at one goes out at the other.
 pub struct FakeSwitch {
     folder: tempfile::TempDir,
@@ -390,15 +400,30 @@ pub struct FakeSwitch {
 impl FakeSwitch {
     /// Listens on both sockets.
     pub fn start(fault: Fault) -> Self {
+        Self::with(fault, |path| {
+            let listener = UnixListener::bind(path).expect("bind");
+            listener.set_nonblocking(true).expect("listener");
+            Box::new(move || listener.accept().ok().map(|(stream, _)| stream))
+        })
+    }
+
+    /// Connects to both sockets, again and again.
+    pub fn dialing(fault: Fault) -> Self {
+        Self::with(fault, |path| {
+            let path = path.to_path_buf();
+            Box::new(move || UnixStream::connect(&path).ok())
+        })
+    }
+
+    fn with(fault: Fault, sessions: impl Fn(&Path) -> Sessions) -> Self {
         let folder = tempfile::tempdir().expect("folder");
         let stop = Arc::new(AtomicBool::new(false));
         let ports: Vec<Arc<Mutex<State>>> = (0..2).map(|_| Arc::new(Mutex::new(State::default()))).collect();
         let mut threads = Vec::new();
         for (i, port) in ports.iter().enumerate() {
-            let listener = UnixListener::bind(socket(folder.path(), i)).expect("bind");
-            listener.set_nonblocking(true).expect("listener");
+            let next = sessions(&socket(folder.path(), i));
             let (port, stop) = (port.clone(), stop.clone());
-            threads.push(std::thread::spawn(move || serve(&listener, &port, &stop)));
+            threads.push(std::thread::spawn(move || serve(next, &port, &stop)));
         }
         let stopped = stop.clone();
         threads.push(std::thread::spawn(move || forward(&ports, fault, &stopped)));
@@ -426,9 +451,9 @@ fn socket(folder: &Path, i: usize) -> PathBuf {
 }
 
 /// One session after the other.
-fn serve(listener: &UnixListener, port: &Arc<Mutex<State>>, stop: &AtomicBool) {
+fn serve(mut next: Sessions, port: &Arc<Mutex<State>>, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
-        let Ok((stream, _)) = listener.accept() else {
+        let Some(stream) = next() else {
             std::thread::sleep(std::time::Duration::from_millis(2));
             continue;
         };
@@ -442,6 +467,7 @@ fn serve(listener: &UnixListener, port: &Arc<Mutex<State>>, stop: &AtomicBool) {
 
 fn forward(ports: &[Arc<Mutex<State>>], fault: Fault, stop: &AtomicBool) {
     let mut counts = [0u64; 2];
+    let mut segments = 0;
     let mut held: [VecDeque<Vec<u8>>; 2] = Default::default();
     while !stop.load(Ordering::Relaxed) {
         let mut work = false;
@@ -466,6 +492,15 @@ fn forward(ports: &[Arc<Mutex<State>>], fault: Fault, stop: &AtomicBool) {
                     frame.pop();
                     out.push(frame);
                 }
+                Fault::Forget(e) if every(e) => {
+                    frame[..HEADER].fill(0);
+                    out.push(frame);
+                }
+                Fault::Segment => out.extend(segment(&frame)),
+                Fault::SegmentAndDrop(e) => out.extend(segment(&frame).into_iter().filter(|_| {
+                    segments += 1;
+                    segments % e != 0
+                })),
                 Fault::Swap(e) if every(e) => held[from].push_back(frame),
                 _ => {
                     out.push(frame);
@@ -481,4 +516,41 @@ fn forward(ports: &[Arc<Mutex<State>>], fault: Fault, stop: &AtomicBool) {
             std::thread::yield_now();
         }
     }
+}
+
+/// The one's complement sum of 16-bit words.
+fn checksum(parts: &[&[u8]]) -> u16 {
+    let words =
+        parts.iter().flat_map(|p| p.chunks(2)).map(|w| u64::from(w[0]) << 8 | w.get(1).map_or(0, |&b| b.into()));
+    let mut sum: u64 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+/// Segments of a TCP frame over IPv4, header included, as a NIC would make them (virtio 1.3, section 5.1.6.2).
+fn segment(frame: &[u8]) -> Vec<Vec<u8>> {
+    let size = usize::from(u16::from_le_bytes([frame[4], frame[5]]));
+    if frame[1] != 1 {
+        return vec![frame.to_vec()];
+    }
+    let (ip, tcp, payload) = (HEADER + 14, HEADER + 34, HEADER + 54);
+    let first = u32::from_be_bytes([frame[tcp + 4], frame[tcp + 5], frame[tcp + 6], frame[tcp + 7]]);
+    let segment = |(i, data): (usize, &[u8])| {
+        let mut s = [&frame[..payload], data].concat();
+        s[..HEADER].fill(0);
+        let total = (s.len() - ip) as u16;
+        s[ip + 2..ip + 4].copy_from_slice(&total.to_be_bytes());
+        s[ip + 10..ip + 12].fill(0);
+        let sum = checksum(&[&s[ip..tcp]]);
+        s[ip + 10..ip + 12].copy_from_slice(&sum.to_be_bytes());
+        s[tcp + 4..tcp + 8].copy_from_slice(&first.wrapping_add((i * size) as u32).to_be_bytes());
+        s[tcp + 16..tcp + 18].fill(0);
+        let length = (s.len() - tcp) as u16;
+        let sum = checksum(&[&s[ip + 12..ip + 20], &[0, 6], &length.to_be_bytes(), &s[tcp..]]);
+        s[tcp + 16..tcp + 18].copy_from_slice(&sum.to_be_bytes());
+        s
+    };
+    frame[payload..].chunks(size).enumerate().map(segment).collect()
 }

@@ -1,6 +1,9 @@
-//! How long the final delta takes: a table of 1 M connections of which 1 % have changed since the last round; one thread does everything
-//! that both hosts' processors have to do, one after the other: collecting, encoding, decoding, checking, importing, acknowledging. Real
-//! tables, codec and state machines; no network. Run it in the release profile.
+//! What copying a table takes: the full walk, and the final delta after some connections have changed. One thread does everything that both
+//! hosts' processors have to do, one after the other: collecting, encoding, decoding, checking, importing, acknowledging. Real tables,
+//! codec and state machines; no network.
+use super::gauge;
+use crate::results::Metric;
+use crate::workload::short;
 use anyhow::{Context, Result, bail, ensure};
 use ferry_dataplane::conntrack::{
     Change, ConnTable, Portable, PortableKey, PortableSide, PortableState, PortableTcp, Timeouts, Traffic,
@@ -13,12 +16,10 @@ use ferry_migrate::message::{Abilities, List, Name, Offer, WhenLate};
 use ferry_migrate::source::{self, Source, SourceIdentity, SourceLimits};
 use ferry_migrate::table::Staging;
 use ferry_migrate::wire::{BatchDecoder, BatchEncoder};
-use serde::Serialize;
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Both hosts' clock at the beginning, milliseconds.
 const BEGIN_MS: u64 = 1_000_000;
@@ -78,6 +79,8 @@ struct Pair {
     now_ms: u64,
     wire_bytes: usize,
     records: usize,
+    /// Time in which the source's processor was at work.
+    source_time: Duration,
     released: Option<source::Release>,
 }
 
@@ -118,6 +121,7 @@ impl Pair {
             now_ms: BEGIN_MS,
             wire_bytes: 0,
             records: 0,
+            source_time: Duration::ZERO,
             released: None,
         })
     }
@@ -126,6 +130,7 @@ impl Pair {
     fn settle(&mut self) -> Result<()> {
         loop {
             let mut wants = Vec::new();
+            let begin = Instant::now();
             if let Some(event) = self.to_source.pop_front() {
                 self.source.handle(event, self.now_ms, &mut wants);
             } else if self.to_destination.is_empty() {
@@ -134,6 +139,7 @@ impl Pair {
                 }
                 self.source.handle(source::Event::Tick { room_bytes: usize::MAX }, self.now_ms, &mut wants);
             }
+            self.source_time += begin.elapsed();
             for action in wants {
                 self.carry_out_source(action)?;
             }
@@ -163,7 +169,9 @@ impl Pair {
             source::Action::SendBatch(batch) => {
                 let mut bytes = Vec::new();
                 self.records += batch.items.len();
+                let begin = Instant::now();
                 self.encoder.encode(&batch, self.now_ms, &mut bytes);
+                self.source_time += begin.elapsed();
                 self.wire_bytes += bytes.len();
                 let batch = self.decoder.decode(&bytes, self.now_ms)?;
                 self.to_destination.push_back(destination::Event::Batch(batch));
@@ -187,11 +195,11 @@ impl Pair {
         Ok(())
     }
 
-    /// One connection in `every` changes its state.
-    fn change(&self, connections: u32, every: u32) -> Result<u32> {
+    /// So many percent of the connections, evenly spread, change their state.
+    fn change(&self, connections: u32, percent: u32) -> Result<u32> {
         let mut handle = self.here.map().handle(&(), 0);
         let mut changed = 0;
-        for n in (0..connections).step_by(every as usize) {
+        for n in (0..connections).filter(|n| n % 100 < percent) {
             let key = portable(n).key.to_key().ok().context("key")?;
             let mut connection = handle.lookup(&key, self.now_ms).context("connection")?;
             connection.refresh(self.now_ms, 90_000_000);
@@ -203,34 +211,34 @@ impl Pair {
 }
 
 /// One measurement.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 struct Sample {
+    /// Records of the full walk per second of the source's processor: collecting and encoding.
+    walk_per_s: f64,
+    /// The same per second of both hosts' processors: decoding and importing as well.
+    copy_per_s: f64,
+    /// Bytes on the wire of a record of the full walk.
+    bytes_per_record: f64,
+    /// Bytes on the wire of a record of the final delta; `None`: it had no records.
+    delta_bytes_per_record: Option<f64>,
     /// From the VM's stop to the release of QEMU, milliseconds.
     final_delta_ms: f64,
-    /// Records in it.
-    records: usize,
-    /// Their bytes on the wire.
-    wire_bytes: usize,
 }
 
-#[derive(Debug, Serialize)]
-struct Results {
-    connections: u32,
-    changed: u32,
-    samples: Vec<Sample>,
-    median_ms: f64,
-    least_ms: f64,
-}
-
-fn measure(connections: u32) -> Result<(u32, Sample)> {
+fn measure(connections: u32, percent: u32) -> Result<Sample> {
     let mut pair = Pair::new(connections)?;
+    let begin = Instant::now();
     pair.to_source.push_back(source::Event::LogOn);
     while pair.source.history().is_empty() {
         pair.settle()?;
         pair.now_ms += 1;
     }
+    let both = begin.elapsed();
     ensure!(pair.there.firewall().map().len() == connections as usize, "round 0 left connections behind");
-    let changed = pair.change(connections, 100)?;
+    let records = pair.records as f64;
+    let (walk_per_s, copy_per_s) = (records / pair.source_time.as_secs_f64(), records / both.as_secs_f64());
+    let bytes_per_record = pair.wire_bytes as f64 / records;
+    let changed = pair.change(connections, percent)?;
     (pair.records, pair.wire_bytes) = (0, 0);
     let begin = Instant::now();
     pair.to_source.extend([source::Event::Stopped, source::Event::ReplyHeld]);
@@ -238,42 +246,46 @@ fn measure(connections: u32) -> Result<(u32, Sample)> {
     let final_delta_ms = begin.elapsed().as_secs_f64() * 1000.0;
     ensure!(pair.released == Some(source::Release::Committed), "released: {:?}", pair.released);
     ensure!(pair.records >= changed as usize, "{} records for {changed} changes", pair.records);
-    Ok((changed, Sample { final_delta_ms, records: pair.records, wire_bytes: pair.wire_bytes }))
+    let delta_bytes_per_record = (pair.records > 0).then(|| pair.wire_bytes as f64 / pair.records as f64);
+    Ok(Sample { walk_per_s, copy_per_s, bytes_per_record, delta_bytes_per_record, final_delta_ms })
 }
 
-fn main() -> Result<()> {
-    let (mut connections, mut runs, mut json) = (1_000_000, 5, None::<PathBuf>);
-    let mut words = std::env::args().skip(1);
-    while let Some(word) = words.next() {
-        let mut value = || words.next().with_context(|| format!("{word}: a value is missing"));
-        match word.as_str() {
-            "--connections" => connections = value()?.parse()?,
-            "--runs" => runs = value()?.parse()?,
-            "--json" => json = Some(value()?.into()),
-            _ => bail!("usage: final-delta [--connections N] [--runs N] [--json FILE]"),
+/// The full walk of tables of 10,000, 100,000 and 1 M connections, and the final delta when 0, 1 and 10 % of them have changed.
+///
+/// # Errors
+/// When there is no memory, or connections are left behind.
+pub fn final_delta(runs: usize) -> Result<Vec<Metric>> {
+    let mut metrics = Vec::new();
+    for connections in [10_000, 100_000, 1_000_000] {
+        let n = short(connections);
+        let mut walks = Vec::new();
+        for percent in [0, 1, 10] {
+            let samples = (0..runs.max(1)).map(|_| measure(connections, percent)).collect::<Result<Vec<_>>>()?;
+            let deltas: Vec<f64> = samples.iter().map(|s| s.final_delta_ms).collect();
+            metrics.extend(gauge(format!("final-delta {n} {percent}%"), "ms", false, &deltas));
+            let bytes: Vec<f64> = samples.iter().filter_map(|s| s.delta_bytes_per_record).collect();
+            metrics.extend(gauge(format!("final-delta {n} {percent}% record"), "B", false, &bytes));
+            walks.extend(samples);
+        }
+        let of = |field: fn(&Sample) -> f64| walks.iter().map(field).collect::<Vec<_>>();
+        metrics.extend(gauge(format!("full-walk {n}"), "records/s", true, &of(|s| s.walk_per_s)));
+        metrics.extend(gauge(format!("full-copy {n}"), "records/s", true, &of(|s| s.copy_per_s)));
+        metrics.extend(gauge(format!("full-walk {n} record"), "B", false, &of(|s| s.bytes_per_record)));
+    }
+    Ok(metrics)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nothing is left behind, and the change is what the delta carries: checked by `measure` itself.
+    #[test]
+    fn a_small_table_is_copied() {
+        for percent in [0, 10] {
+            let sample = measure(1000, percent).unwrap();
+            assert_eq!(sample.delta_bytes_per_record.is_some(), percent > 0);
+            assert!(sample.bytes_per_record > 8.0 && sample.bytes_per_record < 200.0, "{sample:?}");
         }
     }
-    ensure!((1000..=8_000_000).contains(&connections) && runs > 0, "1000 to 8,000,000 connections, 1 run or more");
-    if cfg!(debug_assertions) {
-        println!("not the release profile: figures are too high");
-    }
-    let (mut samples, mut changed) = (Vec::new(), 0);
-    for _ in 0..runs {
-        let (count, sample) = measure(connections)?;
-        println!("{:>8.2} ms   {} records, {} bytes", sample.final_delta_ms, sample.records, sample.wire_bytes);
-        changed = count;
-        samples.push(sample);
-    }
-    let mut all: Vec<f64> = samples.iter().map(|s| s.final_delta_ms).collect();
-    all.sort_by(f64::total_cmp);
-    let (median_ms, least_ms) = (all[all.len() / 2], all[0]);
-    println!(
-        "final delta, {connections} connections, {changed} changed: median {median_ms:.2} ms, least {least_ms:.2} ms"
-    );
-    if let Some(path) = json {
-        let results = Results { connections, changed, samples, median_ms, least_ms };
-        std::fs::write(&path, serde_json::to_string_pretty(&results)? + "\n")
-            .with_context(|| path.display().to_string())?;
-    }
-    Ok(())
 }
