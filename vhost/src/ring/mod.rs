@@ -299,7 +299,14 @@ pub(crate) trait Format {
     /// Takes the first `chains` of them.
     fn take_staged(&mut self, chains: u16);
     /// Takes the first of them and enters them into the used ring; `lens`: bytes written into each.
-    fn use_staged(&mut self, core: &mut Core, lens: &[u32]);
+    #[inline(always)]
+    fn use_staged(&mut self, core: &mut Core, lens: &[u32]) {
+        for (i, &len) in lens.iter().enumerate() {
+            let Some(&One { chain, .. }) = self.staged().get(i) else { break };
+            self.put_used(core, chain, len);
+        }
+        self.take_staged(lens.len() as u16);
+    }
     /// Enters a chain into the used ring, not yet visible. `len`: bytes written into it.
     fn put_used(&mut self, core: &mut Core, chain: Chain, len: u32);
     /// Makes the entries visible to the guest and logs all writes of the burst. True when the guest wants to be notified.

@@ -258,15 +258,6 @@ impl Format for Packed {
     }
 
     #[inline(always)]
-    fn use_staged(&mut self, core: &mut Core, lens: &[u32]) {
-        for (i, &len) in lens.iter().enumerate() {
-            let Some(&One { chain, .. }) = self.stage.chains().get(i) else { break };
-            self.put_used(core, chain, len);
-        }
-        self.take_staged(lens.len() as u16);
-    }
-
-    #[inline(always)]
     fn put_used(&mut self, core: &mut Core, chain: Chain, len: u32) {
         let at = self.next_used;
         let p = self.ring.desc_ptr(at.index);

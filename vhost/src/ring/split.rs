@@ -303,15 +303,6 @@ impl Format for Split {
     }
 
     #[inline(always)]
-    fn use_staged(&mut self, core: &mut Core, lens: &[u32]) {
-        for (i, &len) in lens.iter().enumerate() {
-            let Some(&One { chain, .. }) = self.stage.chains().get(i) else { break };
-            self.put_used(core, chain, len);
-        }
-        self.take_staged(lens.len() as u16);
-    }
-
-    #[inline(always)]
     fn put_used(&mut self, _core: &mut Core, chain: Chain, len: u32) {
         let slot = usize::from(self.next_used.get() & (self.areas.size.get() - 1));
         // SAFETY: the entry lies in the used ring and is 4-aligned; the driver does not read it before the index says so.
