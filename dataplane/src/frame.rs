@@ -380,7 +380,8 @@ impl RxBurst {
     pub fn meta(&self, i: usize) -> Option<&FrameMeta> {
         if i < self.len { self.meta.get(i) } else { None }
     }
-    /// Frame `i`'s facts, changeable (offload fixes after validation).
+    /// Frame `i`'s facts, changeable. An offload that is the default must stay so ([`Self::is_owing`] would not know); validation only mends
+    /// what a frame owes already.
     #[inline]
     pub fn meta_mut(&mut self, i: usize) -> Option<&mut FrameMeta> {
         if i < self.len { self.meta.get_mut(i) } else { None }

@@ -33,6 +33,24 @@ pub struct Window {
     pub steal_ms: u64,
 }
 
+impl Window {
+    /// One of so many slices of which nothing is measured yet; `before`: the round trip at its beginning, nanoseconds.
+    pub fn begun(slices: usize, before: f64) -> Self {
+        Self {
+            mpps: 0.0,
+            seconds: 0.0,
+            slices,
+            undisturbed: 0,
+            findings: Findings::default(),
+            round_trip_ns: [before; 2],
+            switch_waited: 0.0,
+            generator_waited: 0.0,
+            generator_idle: 0.0,
+            steal_ms: 0,
+        }
+    }
+}
+
 /// From this share of a slice off the core on, a slice does not count.
 pub const MOST_WAITED: f64 = 0.02;
 

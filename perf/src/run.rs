@@ -1,6 +1,5 @@
 //! Running workloads: all switches of a workload are up at once, one of them awake at a time, and take turns in short windows.
 use crate::affinity::{self, SchedStat, Urgency};
-use crate::check::Findings;
 use crate::exchange::Pair;
 use crate::frame::{MTU, Transport};
 use crate::generator::{Generator, Tally};
@@ -408,18 +407,7 @@ impl<R: DriverRing> Subject<'_, R> {
         generator.run(SLICE / 8)?; // the probe has left both cores idle
         let slices = (plan.window.as_millis() / SLICE.as_millis()).max(1) as usize;
         let mut measured = Vec::new();
-        let mut sum = Window {
-            mpps: 0.0,
-            seconds: 0.0,
-            slices,
-            undisturbed: 0,
-            findings: Findings::default(),
-            round_trip_ns: [before; 2],
-            switch_waited: 0.0,
-            generator_waited: 0.0,
-            generator_idle: 0.0,
-            steal_ms: 0,
-        };
+        let mut sum = Window::begun(slices, before);
         for _ in 0..slices {
             let stats = (SchedStat::sum(&threads), SchedStat::of(own));
             let tally: Tally = generator.run(SLICE)?;

@@ -1,6 +1,5 @@
 //! Windows of one switch whose state changes between them, compared in pairs.
 use crate::affinity::{self, SchedStat};
-use crate::check::Findings;
 use crate::generator::Generator;
 use crate::guest::ring::DriverRing;
 use crate::regime::{self, Placement};
@@ -45,18 +44,7 @@ pub fn window<R: DriverRing>(generator: &mut Generator<R>, terms: &Terms, pid: u
     let (stolen, own) = (steal(), affinity::own_id());
     generator.run(SLICE / 4)?;
     let slices = (terms.window.as_millis() / SLICE.as_millis()).max(1) as usize;
-    let mut window = Window {
-        mpps: 0.0,
-        seconds: 0.0,
-        slices,
-        undisturbed: 0,
-        findings: Findings::default(),
-        round_trip_ns: [before; 2],
-        switch_waited: 0.0,
-        generator_waited: 0.0,
-        generator_idle: 0.0,
-        steal_ms: 0,
-    };
+    let mut window = Window::begun(slices, before);
     let mut measured = Vec::with_capacity(slices);
     for _ in 0..slices {
         let (switch, this) = (SchedStat::sum(&urgency.pmd), SchedStat::of(own));
@@ -135,7 +123,7 @@ mod tests {
             seconds: 1.0,
             slices: 10,
             undisturbed,
-            findings: Findings::default(),
+            findings: crate::check::Findings::default(),
             round_trip_ns: [round_trip; 2],
             switch_waited: 0.0,
             generator_waited: 0.0,
