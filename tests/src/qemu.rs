@@ -321,9 +321,7 @@ impl Guest {
     /// # Errors
     /// When QEMU does not answer.
     pub fn qmp(&self, monitor: u8) -> Result<Qmp> {
-        let path = self.qmp_path(monitor);
-        wait::until("monitor socket", Duration::from_secs(10), || path.exists())?;
-        Qmp::connect(&path)
+        Qmp::connect(&self.qmp_path(monitor))
     }
 
     /// Kills QEMU at once: the guest is gone as after a power failure.

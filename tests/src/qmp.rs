@@ -1,4 +1,5 @@
 //! QEMU's machine protocol (QMP): one monitor.
+use crate::wait;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -15,12 +16,14 @@ pub struct Qmp {
 }
 
 impl Qmp {
-    /// Connects and negotiates capabilities.
+    /// Connects and negotiates capabilities. A QEMU that is just starting gets 10 s to listen: it binds the socket a moment before it
+    /// listens, so that a socket that is there can still refuse.
     ///
     /// # Errors
     /// When nobody listens or the greeting fails.
     pub fn connect(path: &Path) -> Result<Self> {
-        let writer = UnixStream::connect(path).with_context(|| path.display().to_string())?;
+        let monitor = format!("monitor {}", path.display());
+        let writer = wait::for_some(&monitor, Duration::from_secs(10), || UnixStream::connect(path).ok())?;
         let reader = BufReader::new(writer.try_clone()?);
         let mut qmp = Self { reader, writer, events: VecDeque::new() };
         let greeting = qmp.read(Instant::now() + Duration::from_secs(20))?;

@@ -3,6 +3,7 @@ use super::{Kind, Setup, System};
 use crate::frame::Station;
 use crate::process::{self, Process};
 use anyhow::{Context, Result, bail};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -153,7 +154,7 @@ impl Ovs {
         c.arg(format!("--unixctl={}/ctl", folder.display()));
         let mut switch = Process::start(c, &folder.join("vswitchd.log"))?;
         let ctl = folder.join("ctl");
-        switch.wait_for("control socket", Duration::from_secs(30), |_| ctl.exists())?;
+        switch.wait_for("control socket", Duration::from_secs(30), |_| UnixStream::connect(&ctl).is_ok())?;
         this(&[
             "add-br",
             "br0",
