@@ -414,6 +414,19 @@ impl RxBurst {
         }
     }
 
+    /// The frames from `from` on, one after the other: facts, changeable as by [`Self::meta_mut`], and private header copy with the room
+    /// behind it.
+    #[inline(always)]
+    pub(crate) fn frames_mut(
+        &mut self,
+        from: usize,
+    ) -> (impl Iterator<Item = (&mut FrameMeta, &[u8; SNAPSHOT_BYTES])>, Segments<'_>) {
+        let range = from..self.len;
+        let metas = self.meta.get_mut(range.clone()).unwrap_or_default();
+        let snapshots = self.snapshots.get(range).unwrap_or_default();
+        (metas.iter_mut().zip(snapshots.iter().map(|snapshot| &snapshot.0)), Segments(&self.segments))
+    }
+
     /// Frame `i`'s facts, its snapshot, and the bytes behind that.
     #[inline(always)]
     pub fn parts(&self, i: usize) -> Option<(&FrameMeta, &[u8], Body<'_>)> {
@@ -435,6 +448,19 @@ impl RxBurst {
         let first = m.first_segment as usize;
         let segments = self.segments.get(first..first + m.segments as usize).unwrap_or_default();
         Body { segments, skip: skip.min(m.len), len: m.len.saturating_sub(skip) }
+    }
+}
+
+/// The pieces of a burst's frames.
+#[derive(Clone, Copy)]
+pub(crate) struct Segments<'a>(&'a [Segment]);
+
+impl<'a> Segments<'a> {
+    /// The bytes of a frame that are not in its private header copy.
+    pub fn body(self, meta: &FrameMeta) -> Body<'a> {
+        let (first, skip) = (usize::from(meta.first_segment), u32::from(meta.snapshot_len));
+        let segments = self.0.get(first..first + usize::from(meta.segments)).unwrap_or_default();
+        Body { segments, skip, len: meta.len.saturating_sub(skip) }
     }
 }
 

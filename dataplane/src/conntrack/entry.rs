@@ -293,6 +293,16 @@ impl Traffic {
         Self { packets: Tally(word as u32), bytes: Tally((word >> 32) as u32) }
     }
 
+    /// A word with packets more that have `bytes` together, if all four numbers are exact.
+    #[inline(always)]
+    pub(super) const fn exactly_plus(word: u64, packets: u32, bytes: u32) -> Option<u64> {
+        const INEXACT: u64 = !(Tally::MANTISSA as u64 | (Tally::MANTISSA as u64) << 32);
+        let more = packets as u64 | (bytes as u64) << 32;
+        // With no bits there, neither half of the sum can reach into what is not its own.
+        let sum = word.wrapping_add(more);
+        if (word | more | sum) & INEXACT == 0 { Some(sum) } else { None }
+    }
+
     /// With packets more that have `bytes` together.
     #[inline(always)]
     pub(super) fn plus(self, packets: u32, bytes: u32, dither: u32) -> Self {

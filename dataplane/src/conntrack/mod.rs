@@ -53,7 +53,7 @@ pub use map::{
 };
 pub(crate) use map::{Ends, Likely, Whereabouts};
 pub use pick_up::PickUp;
-pub(crate) use plain::{Particulars, Plain, Reading};
+pub(crate) use plain::{Layout, Particulars, Plain};
 pub use portable::{
     MAX_AGE_MS, MAX_TCP_WINDOW, Portable, PortableError, PortableKey, PortableSctp, PortableSide, PortableState,
     PortableTcp,

@@ -33,7 +33,6 @@ pub(crate) struct Plain {
     unsummed: bool,
     /// Length of transport header and payload, bytes.
     len: u16,
-    pub facts: Particulars,
 }
 
 /// Ports, protocol and family of a packet, and where its transport header begins: `source port | destination port << 16 | protocol << 32 |
@@ -43,15 +42,8 @@ struct Talk(u64);
 
 impl Talk {
     #[inline(always)]
-    const fn new(ports: (u16, u16), proto: u8, family: u8, at: usize) -> Self {
-        let (source, destination) = ports;
-        Self(
-            source as u64
-                | (destination as u64) << 16
-                | (proto as u64) << 32
-                | (family as u64) << 40
-                | (at as u64) << 48,
-        )
+    const fn new(ports: u32, proto: u8, family: u8, at: usize) -> Self {
+        Self(ports as u64 | (proto as u64) << 32 | (family as u64) << 40 | (at as u64) << 48)
     }
     #[inline(always)]
     const fn proto(self) -> IpProto {
@@ -93,139 +85,163 @@ impl Particulars {
     }
 }
 
-/// What [`Plain::read`] makes of a frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Reading {
-    /// Not plain; what was read means nothing.
-    Other,
-    /// Not plain, but its connection can be named: what it says of addresses, ports and protocol is so.
-    Named,
-    /// Plain.
-    Plain,
+// As far as plain headers reach: IPv6 and TCP with a time stamp, and what is read along.
+const _: () = assert!(TAGGED + 80 <= SNAPSHOT_BYTES);
+
+/// Two ports as [`Talk`] has them.
+const fn ports(source: u16, destination: u16) -> u32 {
+    source as u32 | (destination as u32) << 16
 }
 
-/// Headers of a frame, from the network header on.
-type Window = [u8; WINDOW_BYTES];
-/// As far as plain headers reach: IPv6 and TCP with a time stamp, and what is read along.
-const WINDOW_BYTES: usize = 80;
-const _: () = assert!(TAGGED + WINDOW_BYTES <= SNAPSHOT_BYTES);
-
 #[inline(always)]
-fn bytes<const N: usize>(window: &Window, at: usize) -> [u8; N] {
+fn bytes<const N: usize>(head: &[u8; SNAPSHOT_BYTES], at: usize) -> [u8; N] {
     // `at` is a constant wherever this is inlined.
-    window.get(at..).and_then(|bytes| bytes.first_chunk::<N>()).copied().unwrap_or([0; N])
+    head.get(at..).and_then(|bytes| bytes.first_chunk::<N>()).copied().unwrap_or([0; N])
 }
 
 #[inline(always)]
-fn u64_at(window: &Window, at: usize) -> u64 {
-    u64::from_le_bytes(bytes(window, at))
+fn u64_at(head: &[u8; SNAPSHOT_BYTES], at: usize) -> u64 {
+    u64::from_le_bytes(bytes(head, at))
 }
 
 #[inline(always)]
-fn u32_at(window: &Window, at: usize) -> u32 {
-    u32::from_le_bytes(bytes(window, at))
+fn u32_at(head: &[u8; SNAPSHOT_BYTES], at: usize) -> u32 {
+    u32::from_le_bytes(bytes(head, at))
+}
+
+/// Where a frame's network header begins, and what it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// IPv4 behind an untagged link header.
+    V4,
+    /// IPv6 behind one.
+    V6,
+    /// IPv4 behind one tag.
+    TaggedV4,
+    /// IPv6 behind one tag.
+    TaggedV6,
+}
+
+impl Layout {
+    /// Of a frame with its network header at `l3`. `None`: there are no plain packets in such frames.
+    #[inline]
+    pub const fn new(l3: u16, ethertype: EtherType) -> Option<Self> {
+        const TAGS: (usize, usize) = (UNTAGGED, TAGGED);
+        match (l3 as usize, ethertype) {
+            (l3, EtherType::IPV4) if l3 == TAGS.0 => Some(Self::V4),
+            (l3, EtherType::IPV6) if l3 == TAGS.0 => Some(Self::V6),
+            (l3, EtherType::IPV4) if l3 == TAGS.1 => Some(Self::TaggedV4),
+            (l3, EtherType::IPV6) if l3 == TAGS.1 => Some(Self::TaggedV6),
+            _ => None,
+        }
+    }
 }
 
 impl Plain {
-    /// Reads the frame of `frame_len` bytes of which `head` has the first `have`, with the network header at `l3`.
+    /// Reads the frame of `frame_len` bytes of which `head` has the first `have`. False beside it: the packet is not plain, but its
+    /// connection can be named: what it says of addresses, ports and protocol is so. `None`: neither. What differs between the packets of
+    /// a conversation is written to `facts`, which means nothing unless the packet is plain.
     #[inline(always)]
     pub fn read(
-        &mut self,
         head: &[u8; SNAPSHOT_BYTES],
         have: usize,
         frame_len: usize,
-        l3: usize,
-        ethertype: EtherType,
-    ) -> Reading {
-        if l3 != UNTAGGED && l3 != TAGGED {
-            return Reading::Other;
-        }
-        let Some(window) = head.get(l3..).and_then(|bytes| bytes.first_chunk::<WINDOW_BYTES>()) else {
-            return Reading::Other;
-        };
-        let (have, len) = (have.saturating_sub(l3), frame_len.saturating_sub(l3));
-        match ethertype {
-            EtherType::IPV4 => self.ipv4(window, have, len, l3),
-            EtherType::IPV6 => self.ipv6(window, have, len, l3),
-            _ => Reading::Other,
+        layout: Layout,
+        facts: &mut Particulars,
+    ) -> Option<(Self, bool)> {
+        match layout {
+            Layout::V4 => Self::ipv4::<UNTAGGED>(head, have, frame_len, facts),
+            Layout::V6 => Self::ipv6::<UNTAGGED>(head, have, frame_len, facts),
+            Layout::TaggedV4 => Self::ipv4::<TAGGED>(head, have, frame_len, facts),
+            Layout::TaggedV6 => Self::ipv6::<TAGGED>(head, have, frame_len, facts),
         }
     }
 
-    /// `have` and `len`: bytes from the network header on that are at hand, and that the frame has.
     #[inline(always)]
-    fn ipv4(&mut self, window: &Window, have: usize, len: usize, l3: usize) -> Reading {
-        let (first, second, dst) = (u64_at(window, 0), u64_at(window, 8), u32_at(window, 16));
+    fn ipv4<const L3: usize>(
+        head: &[u8; SNAPSHOT_BYTES],
+        have: usize,
+        frame_len: usize,
+        facts: &mut Particulars,
+    ) -> Option<(Self, bool)> {
+        let (first, second, dst) = (u64_at(head, L3), u64_at(head, L3 + 8), u32_at(head, L3 + 16));
         let total_len = usize::from(((first >> 16) as u16).swap_bytes());
-        let whole = ((first >> 48) as u16).swap_bytes() & 0x3fff == 0;
+        // Neither flag nor offset of a fragment.
+        let whole = first & 0xff3f << 48 == 0;
         // One's complement sum of the header, the checksum included: 2^16 - 1 divides it, and it is not 0.
         let low = |word: u64| word & 0xffff_ffff;
         let sum = low(first) + (first >> 32) + low(second) + (second >> 32) + u64::from(dst);
-        let sum = low(sum) + (sum >> 32);
-        let sum = (sum & 0xffff) + (sum >> 16);
-        let sum = (sum & 0xffff) + (sum >> 16);
-        let sum = (sum & 0xffff) + (sum >> 16);
-        if first as u8 != 0x45 || !whole || sum != 0xffff || total_len < 28 || total_len > len || have < 28 {
-            return Reading::Other;
+        let fits = total_len >= 28 && L3 + total_len <= frame_len && have >= L3 + 28;
+        if first as u8 != 0x45 || !whole || !fits || !sum.is_multiple_of(0xffff) {
+            return None;
         }
-        self.src = [0, MAPPED | (second >> 32) << 32];
-        self.dst = [0, MAPPED | u64::from(dst) << 32];
-        self.facts.ip_len = total_len as u32;
-        self.transport::<20, 0>(window, have, total_len - 20, l3, (second >> 8) as u8)
+        facts.ip_len = total_len as u32;
+        let src = [0, MAPPED | (second >> 32) << 32];
+        let dst = [0, MAPPED | u64::from(dst) << 32];
+        Self::transport::<L3, 20, 0>(head, have, total_len - 20, (second >> 8) as u8, src, dst, facts)
     }
 
     #[inline(always)]
-    fn ipv6(&mut self, window: &Window, have: usize, len: usize, l3: usize) -> Reading {
-        let first = u64_at(window, 0);
+    fn ipv6<const L3: usize>(
+        head: &[u8; SNAPSHOT_BYTES],
+        have: usize,
+        frame_len: usize,
+        facts: &mut Particulars,
+    ) -> Option<(Self, bool)> {
+        let first = u64_at(head, L3);
         let payload_len = usize::from(((first >> 32) as u16).swap_bytes());
-        if first as u8 >> 4 != 6 || payload_len < 8 || 40 + payload_len > len || have < 48 {
-            return Reading::Other;
+        let fits = payload_len >= 8 && L3 + 40 + payload_len <= frame_len && have >= L3 + 48;
+        if first as u8 >> 4 != 6 || !fits {
+            return None;
         }
-        self.src = [u64_at(window, 8), u64_at(window, 16)];
-        self.dst = [u64_at(window, 24), u64_at(window, 32)];
-        self.facts.ip_len = 40 + payload_len as u32;
-        self.transport::<40, V6>(window, have, payload_len, l3, (first >> 48) as u8)
+        facts.ip_len = 40 + payload_len as u32;
+        let src = [u64_at(head, L3 + 8), u64_at(head, L3 + 16)];
+        let dst = [u64_at(head, L3 + 24), u64_at(head, L3 + 32)];
+        Self::transport::<L3, 40, V6>(head, have, payload_len, (first >> 48) as u8, src, dst, facts)
     }
 
-    /// The transport header behind an IP header of `AT` bytes; at least 8 bytes behind that are at hand, and belong to the packet.
+    /// The transport header behind an IP header of `IP` bytes; at least 8 bytes behind that are at hand, and belong to the packet.
     #[inline(always)]
-    fn transport<const AT: usize, const FAMILY: u8>(
-        &mut self,
-        window: &Window,
+    fn transport<const L3: usize, const IP: usize, const FAMILY: u8>(
+        head: &[u8; SNAPSHOT_BYTES],
         have: usize,
         len: usize,
-        l3: usize,
         proto: u8,
-    ) -> Reading {
-        let first = u64_at(window, AT);
-        let ports = ((first as u16).swap_bytes(), ((first >> 16) as u16).swap_bytes());
-        self.talk = Talk::new(ports, proto, FAMILY, l3 + AT);
-        self.len = len as u16;
+        src: [u64; 2],
+        dst: [u64; 2],
+        facts: &mut Particulars,
+    ) -> Option<(Self, bool)> {
+        const DHCP: u32 = ports(67, 68);
+        const DHCPV6: u32 = ports(547, 546);
+        let at = L3 + IP;
+        let first = u64_at(head, at);
+        let ports = (first as u32).swap_bytes().rotate_left(16);
+        let talk = Talk::new(ports, proto, FAMILY, at);
         match IpProto(proto) {
             IpProto::UDP => {
                 let udp_len = usize::from(((first >> 32) as u16).swap_bytes());
-                self.unsummed = first >> 48 == 0;
+                let unsummed = first >> 48 == 0;
                 // What DHCP servers send is for the anti-spoofing rules to judge.
-                let plain = udp_len >= 8 && udp_len <= len && ports != (67, 68) && ports != (547, 546);
-                if plain { Reading::Plain } else { Reading::Named }
+                let is_plain = udp_len >= 8 && udp_len <= len && ports != DHCP && ports != DHCPV6;
+                Some((Self { src, dst, talk, unsummed, len: len as u16 }, is_plain))
             }
             IpProto::TCP => {
                 const NO_MATTER: Flags = Flags::PSH.union(Flags::ECE).union(Flags::CWR).union(Flags::URG);
-                let third = u64_at(window, AT + 12);
+                let third = u64_at(head, at + 12);
                 let header_len = usize::from(third as u8 >> 4) * 4;
                 let flags = Flags::from_bits_retain((third >> 8) as u8);
-                let usual_options = header_len == 20 || header_len == 32 && u32_at(window, AT + 20) == TIME_STAMP;
-                self.unsummed = false;
-                self.facts.seq = ((first >> 32) as u32).swap_bytes();
-                self.facts.ack = u32_at(window, AT + 8).swap_bytes();
-                self.facts.window = ((third >> 16) as u16).swap_bytes();
-                self.facts.payload_len = len.wrapping_sub(header_len) as u16;
-                let plain = flags.difference(NO_MATTER) == Flags::ACK
+                let usual_options = header_len == 20 || header_len == 32 && u32_at(head, at + 20) == TIME_STAMP;
+                facts.seq = ((first >> 32) as u32).swap_bytes();
+                facts.ack = u32_at(head, at + 8).swap_bytes();
+                facts.window = ((third >> 16) as u16).swap_bytes();
+                facts.payload_len = len.wrapping_sub(header_len) as u16;
+                let is_plain = flags.difference(NO_MATTER) == Flags::ACK
                     && usual_options
                     && header_len <= len
-                    && AT + header_len <= have;
-                if plain { Reading::Plain } else { Reading::Named }
+                    && at + header_len <= have;
+                Some((Self { src, dst, talk, unsummed: false, len: len as u16 }, is_plain))
             }
-            _ => Reading::Other,
+            _ => None,
         }
     }
 
@@ -297,7 +313,7 @@ impl Plain {
     /// The transport checksum is right, or there is none. `head`: as was read, of which the first `have` bytes are the frame's; `body`: what
     /// follows them.
     #[inline(always)]
-    pub fn checksum_ok(&self, head: &[u8; SNAPSHOT_BYTES], have: usize, body: &Body<'_>) -> bool {
+    pub fn checksum_ok<'b>(&self, head: &[u8; SNAPSHOT_BYTES], have: usize, body: impl FnOnce() -> Body<'b>) -> bool {
         if self.unsummed {
             return true;
         }
@@ -312,17 +328,24 @@ impl Plain {
             // All that most short packets need: the sum in memory order, and what is not in memory, put in that order.
             return fold(sum + u64::from(pseudo.to_be())) == 0xffff;
         }
-        let mut whole = Sum::new();
-        whole.add_u16(u16::from_be(fold(sum)));
-        whole.add_u16(pseudo);
         // What was read so far is an even number of bytes: the first byte of the rest is the first of a word.
-        if (at_hand - from).is_multiple_of(2) {
-            whole.add_body(&body.slice(0, rest as u32));
-        } else {
-            whole.add_body_at_odd(&body.slice(0, rest as u32));
-        }
-        whole.is_valid()
+        let is_even = (at_hand - from).is_multiple_of(2);
+        rest_ok(u16::from_be(fold(sum)), pseudo, is_even, &body().slice(0, rest as u32))
     }
+}
+
+/// Two sums and what follows them make the sum of a right packet. `is_even`: the first byte that follows is the first of a word.
+#[inline(never)]
+fn rest_ok(sum: u16, pseudo: u16, is_even: bool, rest: &Body<'_>) -> bool {
+    let mut whole = Sum::new();
+    whole.add_u16(sum);
+    whole.add_u16(pseudo);
+    if is_even {
+        whole.add_body(rest);
+    } else {
+        whole.add_body_at_odd(rest);
+    }
+    whole.is_valid()
 }
 
 /// Sum of 32-bit words in memory order of the bytes `from..to`, with zeros behind them; below 2^40.

@@ -17,10 +17,22 @@ use crate::packet::IpProto;
 #[derive(Clone, Copy)]
 pub(crate) struct Terms<'a> {
     /// Connections judged under another generation of the rules are to be judged again.
-    pub generation: u32,
+    generation: u32,
     /// How connections are tracked.
     pub config: &'a TrackConfig,
-    pub now_ms: u64,
+    now_ms: u64,
+    /// When entries of UDP expire that are refreshed now: those that are streams, and others.
+    stream_until: u32,
+    udp_until: u32,
+}
+
+impl<'a> Terms<'a> {
+    /// Under a generation of the rules, at a time.
+    pub fn new(generation: u32, config: &'a TrackConfig, now_ms: u64) -> Self {
+        let timeouts = &config.timeouts;
+        let (stream_until, udp_until) = (expiry(now_ms, timeouts.udp_stream_ms), expiry(now_ms, timeouts.udp_ms));
+        Self { generation, config, now_ms, stream_until, udp_until }
+    }
 }
 
 /// Brings the connection of plain packets up to date, and says how many of them, from the first on, and what they are to it: these may
@@ -50,14 +62,19 @@ pub(crate) fn steady(
     }
 }
 
-/// Packets counted in the word of their direction.
+/// The word in which packets of a direction are counted, with these counted.
 #[inline(always)]
-fn counted(look: &Look<'_>, way: Way, packets: usize, bytes: u32, dither: u32) -> u64 {
-    let traffic = Traffic::from_word(match way {
-        Way::Original => look.word::<{ word::ORIGINAL }>(),
-        Way::Reply => look.word::<{ word::REPLY }>(),
-    });
-    traffic.plus(packets as u32, bytes, dither).to_word()
+fn counted(word: u64, packets: usize, bytes: u32, dither: u32) -> u64 {
+    match Traffic::exactly_plus(word, packets as u32, bytes) {
+        Some(sum) => sum,
+        None => counted_scaled(word, packets, bytes, dither),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn counted_scaled(word: u64, packets: usize, bytes: u32, dither: u32) -> u64 {
+    Traffic::from_word(word).plus(packets as u32, bytes, dither).to_word()
 }
 
 /// The limits count the connection as half-open, and it no longer is: they are to be told.
@@ -75,30 +92,28 @@ fn steady_udp(
     facts: &[Particulars],
     dither: u32,
 ) -> Option<(usize, CtState)> {
-    let answered = notes.seen_reply();
-    if !answered && way == Way::Reply || owes_limits(notes.decision(), !answered) {
-        return None;
-    }
-    if answered && !notes.assured() {
-        let stream_from = look.word::<{ word::PROTOCOL }>() as u32;
-        if udp::has_lasted(stream_from, terms.now_ms as u32) {
-            return None;
+    let (until, state) = match (notes.seen_reply(), notes.assured()) {
+        (true, true) if !owes_limits(notes.decision(), false) => (terms.stream_until, CtState::Established),
+        (false, _) if way == Way::Original => (terms.udp_until, CtState::New),
+        (true, false) if !owes_limits(notes.decision(), false) => {
+            let stream_from = look.word::<{ word::PROTOCOL }>() as u32;
+            if udp::has_lasted(stream_from, terms.now_ms as u32) {
+                return None;
+            }
+            (terms.udp_until, CtState::Established)
         }
-    }
-    let timeouts = &terms.config.timeouts;
-    let timeout_ms = if answered && notes.assured() { timeouts.udp_stream_ms } else { timeouts.udp_ms };
+        _ => return None,
+    };
     let bytes = match facts {
         [one] => one.ip_len,
         more => bytes_of(more),
     };
-    let traffic = counted(look, way, facts.len(), bytes, dither);
-    let entry = look.claim(expiry(terms.now_ms, timeout_ms))?;
-    match way {
-        Way::Original => entry.set::<{ word::ORIGINAL }>(traffic),
-        Way::Reply => entry.set::<{ word::REPLY }>(traffic),
-    }
+    let traffic = look.either::<{ word::ORIGINAL }, { word::REPLY }>(way == Way::Reply);
+    let sum = counted(traffic.read(), facts.len(), bytes, dither);
+    let entry = look.claim(until)?;
+    entry.put(traffic, sum);
     entry.commit();
-    Some((facts.len(), if answered { CtState::Established } else { CtState::New }))
+    Some((facts.len(), state))
 }
 
 #[inline(never)]
@@ -144,7 +159,8 @@ fn steady_tcp(
     if packets == 0 {
         return None;
     }
-    let traffic = counted(look, way, packets, bytes, dither);
+    let traffic = look.either::<{ word::ORIGINAL }, { word::REPLY }>(way == Way::Reply);
+    let sum = counted(traffic.read(), packets, bytes, dither);
     let entry = look.claim(expiry(terms.now_ms, after.timeout_ms))?;
     let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
     let [a, b, c, d, e, f, g, h, i, j, k, l] = after.words;
@@ -154,10 +170,7 @@ fn steady_tcp(
     entry.set::<{ P + 3 }>(pair(g, h));
     entry.set::<{ P + 4 }>(pair(i, j));
     entry.set::<{ P + 5 }>(pair(k, l));
-    match way {
-        Way::Original => entry.set::<{ word::ORIGINAL }>(traffic),
-        Way::Reply => entry.set::<{ word::REPLY }>(traffic),
-    }
+    entry.put(traffic, sum);
     if after.retrans != notes.retrans() {
         entry.set::<{ word::NOTES }>(notes.with_retrans(after.retrans).0);
     }
@@ -169,7 +182,7 @@ fn steady_tcp(
 mod tests {
     use super::super::PickUp;
     use super::super::dissect::{Checksum, Dissected, Packet, Transport, dissect};
-    use super::super::plain::Reading;
+    use super::super::plain::Layout;
     use super::super::table::{Change, ConnTable};
     use super::super::tracker::{Judgement, judge};
     use super::*;
@@ -282,13 +295,14 @@ mod tests {
     }
 
     /// The plain packet of a frame, read as the packet path does.
-    fn plain(frame: &[u8], have: usize) -> Option<Plain> {
+    fn plain(frame: &[u8], have: usize) -> Option<(Plain, Particulars)> {
         let mut head = [0xee; SNAPSHOT_BYTES];
         let have = have.min(frame.len()).min(SNAPSHOT_BYTES);
         head[..have].copy_from_slice(&frame[..have]);
         let l2 = parse_l2(&head[..have], frame.len() as u32).ok()?;
-        let mut plain = Plain::default();
-        (plain.read(&head, have, frame.len(), usize::from(l2.len), l2.ethertype) == Reading::Plain).then_some(plain)
+        let (layout, mut facts) = (Layout::new(l2.len, l2.ethertype)?, Particulars::default());
+        let (plain, is_plain) = Plain::read(&head, have, frame.len(), layout, &mut facts)?;
+        is_plain.then_some((plain, facts))
     }
 
     /// The checksum of a frame of which `have` bytes are at hand.
@@ -302,7 +316,7 @@ mod tests {
         let mark = burst.segment_mark();
         burst.push_private(0..frame.len() - have);
         burst.finish_frame(mark, Offload::default());
-        plain.checksum_ok(&head, have, &burst.body(0, 0))
+        plain.checksum_ok(&head, have, || burst.body(0, 0))
     }
 
     #[test]
@@ -343,7 +357,7 @@ mod tests {
                 }
             }
             let have = if random.one_in(4) { random.below(100) as usize } else { 128 };
-            let Some(plain) = plain(&frame, have) else { continue };
+            let Some((plain, seen)) = plain(&frame, have) else { continue };
             plain_ones += 1;
             let look = |checksum| {
                 let packet = Packet { zone: Some(9), ..Packet::whole(&frame, sent.toward, checksum) };
@@ -353,10 +367,10 @@ mod tests {
                 panic!("{:?} of {frame:x?}", look(Checksum::Vouched))
             };
             assert_eq!(facts.flow.key.words(), plain.key(sent.toward, 9), "{sent:?}");
-            assert_eq!((facts.ip_len, facts.flow.key.proto()), (plain.facts.ip_len, plain.proto()));
+            assert_eq!((facts.ip_len, facts.flow.key.proto()), (seen.ip_len, plain.proto()));
             assert_eq!(facts.flow.src(), plain.source());
             if let Transport::Tcp(theirs) = facts.transport {
-                let ours = plain.facts.segment();
+                let ours = seen.segment();
                 assert_eq!((ours.seq, ours.ack, ours.window), (theirs.seq, theirs.ack, theirs.window));
                 assert_eq!((ours.payload_len, ours.end()), (theirs.payload_len, theirs.end()));
             } else {
@@ -485,12 +499,12 @@ mod tests {
                 let generation = if random.one_in(20) { GENERATION + 1 } else { GENERATION };
                 let dither = random.next() as u32;
                 let bytes = frame(&sent);
-                let quick = plain(&bytes, 128).and_then(|plain| {
+                let quick = plain(&bytes, 128).and_then(|(plain, seen)| {
                     let key = plain.key(toward, 9);
                     let likely = likely(short, &key);
-                    let terms = Terms { generation, config: &config, now_ms };
+                    let terms = Terms::new(generation, &config, now_ms);
                     let before: Vec<_> = entries(short);
-                    let found = steady(short, &terms, sent.toward, &plain, &[plain.facts], &key, likely, dither);
+                    let found = steady(short, &terms, sent.toward, &plain, &[seen], &key, likely, dither);
                     match found {
                         Some(_) => short.note_bookkeeping(&[likely]),
                         None => assert_eq!(before, entries(short), "changed, and left to others"),
@@ -565,11 +579,11 @@ mod tests {
             let [short, long] = &maps;
             for dither in [0x1234_5678, 0x9e37_79b9, u32::MAX, 0] {
                 let sent = datagram(Toward::Egress);
-                let plain = plain(&frame(&sent), 128).unwrap();
+                let (plain, seen) = plain(&frame(&sent), 128).unwrap();
                 let key = plain.key(sent.toward, 9);
-                let terms = Terms { generation: GENERATION, config: &config, now_ms: 2000 };
+                let terms = Terms::new(GENERATION, &config, 2000);
                 let likely = likely(short, &key);
-                let found = steady(short, &terms, sent.toward, &plain, &[plain.facts], &key, likely, dither);
+                let found = steady(short, &terms, sent.toward, &plain, &[seen], &key, likely, dither);
                 assert_eq!(found, allowed.then_some((1, CtState::New)));
                 if allowed {
                     in_full(long, &config, &sent, dither, 2000, false);
@@ -619,7 +633,7 @@ mod tests {
                 now_ms += random.below(3000);
                 let toward = random.pick(&[Toward::Ingress, Toward::Egress]);
                 let own = usize::from(toward == Toward::Ingress);
-                let train: Vec<Plain> = (0..random.below(9) + 1)
+                let (train, facts): (Vec<Plain>, Vec<Particulars>) = (0..random.below(9) + 1)
                     .map(|_| {
                         let jump = if random.one_in(12) { 1 << 30 } else { 0 };
                         let payload = random.pick(&[0, 100, 400]);
@@ -628,11 +642,10 @@ mod tests {
                         next[own] = next[own].wrapping_add(payload as u32);
                         plain(&frame(&sent), 128).unwrap()
                     })
-                    .collect();
+                    .unzip();
                 let key = train[0].key(toward, 9);
                 assert!(train.iter().all(|packet| packet.same_talk(&train[0])));
-                let facts: Vec<Particulars> = train.iter().map(|packet| packet.facts).collect();
-                let terms = Terms { generation: GENERATION, config: &config, now_ms };
+                let terms = Terms::new(GENERATION, &config, now_ms);
                 let ask = |map: &ConnMap, facts: &[Particulars]| {
                     let likely = likely(map, &key);
                     let found = steady(map, &terms, toward, &train[0], facts, &key, likely, 7);
@@ -710,7 +723,7 @@ mod tests {
             if random.one_in(5) {
                 frame[11] = 9;
             }
-            let plain = plain(&frame, 128).unwrap();
+            let (plain, _) = plain(&frame, 128).unwrap();
             let headers = parse(&frame, frame.len() as u32).unwrap();
             let in_full = table.check(&frame, &headers).is_ok();
             assert_eq!(table.allows_source(headers.l2.src_mac, plain.source()), in_full, "{frame:x?}");

@@ -1,17 +1,15 @@
 //! The short way through a port's firewall: plain packets of connections that only need their bookkeeping done.
 //!
-//! Over a burst it goes in steps, so that the tables' cache lines are on their way while other frames are looked at:
-//! [`Quick::prepare`] for the packets of each connection, then [`Quick::locate`] for each, then [`Quick::passes`]. The last one lets packets
-//! pass only where [`super::stage`] would, and leaves behind what it would; to anything else it says no and changes nothing.
+//! What is judged is a [`Train`]: packets of one connection. Over a burst it goes in steps, so that the tables' cache lines are on their way
+//! while other trains are looked at: [`Quick::prepare`] for each, then [`Quick::locate`] for each, then [`Quick::pass`] for all. The last one
+//! lets packets pass only where [`super::stage`] would, and leaves behind what it would; at anything else it stops and changes nothing.
 use arrayvec::ArrayVec;
 
 use super::port::{FirewallCounters, PortFirewall};
 use crate::conntrack::{ConnMap, CtState, Ends, Likely, Particulars, Plain, Terms, Toward, Whereabouts, steady};
 use crate::firewall::spoof::SpoofTable;
+use crate::frame::BURST;
 use crate::packet::MacAddr;
-
-/// Entries whose change the table is told of together: what it takes to do so is a memory fence for all of them.
-const CHANGED: usize = 16;
 
 /// Where the entry of a connection probably is, in one table.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +27,36 @@ impl Default for Prospect {
     fn default() -> Self {
         Self::NONE
     }
+}
+
+/// Frames `first..end` of a burst.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Train {
+    pub first: u8,
+    pub end: u8,
+    /// They are plain packets between the same ends; otherwise it is one frame.
+    pub is_plain: bool,
+    /// Their connection can be named, so that its entries can be fetched into the cache.
+    pub is_named: bool,
+    /// The first packet.
+    pub plain: Plain,
+    /// Where their connection probably is in the table of the VM that they come from, and in that of the VM that they probably go to.
+    pub near: Prospect,
+    pub far: Prospect,
+}
+
+impl Train {
+    /// A bit for each of its frames.
+    #[inline(always)]
+    pub fn frames(&self) -> u64 {
+        run(self.first, self.end)
+    }
+}
+
+/// A bit for each of the frames `first..end`, of which there is at least one.
+#[inline(always)]
+pub(crate) fn run(first: u8, end: u8) -> u64 {
+    u64::MAX << (first % 64) & u64::MAX >> (64u8.wrapping_sub(end) % 64)
 }
 
 /// What a frame says of where it comes from, or goes to.
@@ -64,8 +92,9 @@ pub(crate) struct Quick<'a, const EGRESS: bool> {
     established: u64,
     /// The last station, and for the direction from the VM its address, that the anti-spoofing rules let pass.
     accepted: Claim,
-    /// Entries that were changed, of which the table is still to be told.
-    changed: ArrayVec<Likely, CHANGED>,
+    /// Entries that were changed, of which the table is still to be told: of all together, since it takes a memory fence. There are at most
+    /// as many as frames.
+    changed: ArrayVec<Likely, BURST>,
 }
 
 impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
@@ -77,7 +106,7 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
             map: firewall.vm.map(),
             zone: firewall.zone(0),
             spoof: Some(&*rules.spoof).filter(|spoof| spoof.is_enabled()),
-            terms: Terms { generation: rules.generation, config: &rules.track, now_ms: now_ns / 1_000_000 },
+            terms: Terms::new(rules.generation, &rules.track, now_ns / 1_000_000),
             counters: firewall.ledgers.get(thread).map(|ledger| ledger.of(Self::TOWARD)),
             new: 0,
             established: 0,
@@ -141,44 +170,75 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         ours
     }
 
-    /// Third step: how many of the packets, from the first on, pass; their connection is up to date. `packet` is one of them, `facts` are
-    /// all. `verified`: their checksums are right, or somebody vouches for them.
-    #[expect(clippy::too_many_arguments, reason = "facts of one connection; inlined")]
-    #[inline(always)]
-    pub fn passes(
+    /// Third step: lets trains pass, whose connections are then up to date, up to the first that cannot as a whole. Returns how many passed,
+    /// and a bit for each frame that did; some of the one where it stopped may be among them. `station`: whose they are: from the VM their
+    /// source, to the VM their destination. `verified`: their checksums are right, or somebody vouches for them. `only`: the frames that
+    /// are to pass.
+    #[expect(clippy::too_many_arguments, reason = "facts of all trains")]
+    #[inline(never)]
+    pub fn pass(
         &mut self,
         station: MacAddr,
         vlan: u16,
-        packet: &Plain,
-        facts: &[Particulars],
-        prospect: &Prospect,
         verified: bool,
+        trains: &[Train],
+        facts: &[Particulars; BURST],
+        only: u64,
+        dither: u32,
+    ) -> (usize, u64) {
+        let zone = self.zone | vlan;
+        let mut passed = 0;
+        if self.verifies() && !verified {
+            return (0, passed);
+        }
+        for (t, train) in trains.iter().enumerate() {
+            let frames = train.frames();
+            if !train.is_plain || frames & !only != 0 || !self.is_ours(station, &train.plain) {
+                return (t, passed);
+            }
+            let Some(facts) = facts.get(usize::from(train.first)..usize::from(train.end)) else { return (t, passed) };
+            let packets = self.pass_train(zone, train, facts, dither);
+            if packets != facts.len() {
+                if packets != 0 {
+                    passed |= run(train.first, train.first + packets as u8);
+                }
+                return (t, passed);
+            }
+            passed |= frames;
+        }
+        (trains.len(), passed)
+    }
+
+    /// As [`Self::pass`], for those packets of one train whose facts are given. Returns how many of them, from the first on, pass.
+    pub fn pass_some(
+        &mut self,
+        station: MacAddr,
+        vlan: u16,
+        verified: bool,
+        train: &Train,
+        facts: &[Particulars],
         dither: u32,
     ) -> usize {
-        if self.verifies() && !verified || !self.is_ours(station, packet) {
+        if facts.is_empty() || !train.is_plain || self.verifies() && !verified || !self.is_ours(station, &train.plain) {
             return 0;
         }
-        let key = packet.key(Self::TOWARD, self.zone | vlan);
-        let likely = prospect.likely;
-        match steady(self.map, &self.terms, Self::TOWARD, packet, facts, &key, likely, dither) {
+        self.pass_train(self.zone | vlan, train, facts, dither)
+    }
+
+    #[inline(always)]
+    fn pass_train(&mut self, zone: u16, train: &Train, facts: &[Particulars], dither: u32) -> usize {
+        // Evenly distributed, another number for each train and end.
+        let dither = (u32::from(train.first) << 1 | u32::from(EGRESS)).wrapping_mul(0x9e37_79b9) ^ dither;
+        let key = train.plain.key(Self::TOWARD, zone);
+        let likely = if EGRESS { train.near.likely } else { train.far.likely };
+        match steady(self.map, &self.terms, Self::TOWARD, &train.plain, facts, &key, likely, dither) {
             Some((packets, state)) => {
                 let counted = if state == CtState::New { &mut self.new } else { &mut self.established };
                 *counted += packets as u64;
-                if self.changed.is_full() {
-                    self.note();
-                }
                 let _ = self.changed.try_push(likely);
                 packets
             }
             None => 0,
-        }
-    }
-
-    #[inline(always)]
-    fn note(&mut self) {
-        if !self.changed.is_empty() {
-            self.map.note_bookkeeping(&self.changed);
-            self.changed.clear();
         }
     }
 
@@ -189,8 +249,8 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
     }
 
     /// Counts what was let pass, and tells the table what was changed. To be called before the burst ends.
-    pub fn settle(mut self) {
-        self.note();
+    pub fn settle(self) {
+        self.map.note_bookkeeping(&self.changed);
         if let Some(counters) = self.counters {
             counters.count_states(CtState::New, self.new);
             counters.count_states(CtState::Established, self.established);

@@ -4,50 +4,47 @@
 //! and at the receiver's; what is not plain is a train of its own. Three passes over the trains, so that the cache lines of the connection
 //! tables are on their way while other trains are looked at: what each is ([`Passage::look_at`]), where its entries are
 //! ([`Passage::locate`]), what becomes of it ([`Passage::conduct`]). Plain packets take the short way ([`crate::enforce::quick`]), all
-//! others [`crate::enforce::stage`].
-use super::{
-    Place, Recent, Router, Source, Target, accept_checksum, action, classify_any, judge, look_up, owes_work, untagged,
-};
+//! others [`crate::enforce::stage`]. What trains have in common that follow each other is found out once: see [`super::stretch`].
+use super::stretch::{Stretch, Stretches};
+use super::{Place, Recent, Router, Source, Target, accept_checksum, action, check_offload, judge, look_up, owes_work};
 use crate::bridge::fdb::PortId;
-use crate::conntrack::{Plain, Reading, Toward, next_dither};
+use crate::conntrack::{Ends, Layout, Particulars, Plain, Toward, next_dither};
 use crate::counters::DropReason;
-use crate::enforce::quick::{Prospect, Quick};
+use crate::enforce::quick::{Quick, Train, run};
 use crate::enforce::stage::End;
-use crate::frame::{BURST, RxBurst};
+use crate::frame::{BURST, RxBurst, SNAPSHOT_BYTES};
 use crate::offload::VlanAction;
 use crate::output::Sender;
-use crate::packet::ethernet;
-use crate::packet::{MacAddr, VlanTag};
 use crate::port::TxPort;
 
 /// Bursts of so many trains tell how many entries are not where they most probably are.
 const TELLING: usize = 8;
 
-/// Frames `first..end` of a burst.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Train {
-    first: u8,
-    end: u8,
-    /// They are plain packets between the same ends; otherwise it is one frame.
-    is_plain: bool,
-    /// Their connection can be named, so that its entries can be fetched into the cache.
-    is_named: bool,
-    /// Their checksums are right, or somebody vouches for them.
-    verified: bool,
-    /// The port they will probably go to, if that has a firewall.
-    foretold: Option<PortId>,
-    place: Place,
-    /// The first packet.
-    plain: Plain,
-    /// Where their connection probably is in the table of the VM that they come from, and of that behind `foretold`.
-    near: Prospect,
-    far: Prospect,
-}
-
 /// The firewall of the output that was met last.
 struct Far<'a> {
     output: PortId,
     quick: Quick<'a, false>,
+}
+
+/// What is to be looked at.
+#[derive(Clone, Copy)]
+struct Scan<'s> {
+    stretch: &'s Stretch,
+    from: usize,
+    checked: bool,
+}
+
+/// A [`Plain::read`] that knows the layout.
+trait Read: Fn(&[u8; SNAPSHOT_BYTES], usize, usize, &mut Particulars) -> Option<(Plain, bool)> {}
+impl<F: Fn(&[u8; SNAPSHOT_BYTES], usize, usize, &mut Particulars) -> Option<(Plain, bool)>> Read for F {}
+
+/// Where frames of a stretch go.
+#[derive(Clone, Copy)]
+struct Exit {
+    output: PortId,
+    action: VlanAction,
+    /// The output has a firewall that judges: the one that was met last.
+    is_guarded: bool,
 }
 
 /// A burst on its way past the firewalls.
@@ -60,8 +57,6 @@ struct Passage<'p, 'a, T> {
     near: Option<Quick<'a, true>>,
     far: Option<Far<'a>>,
     recent: Option<Recent>,
-    /// What is done on the way out to frames that go where `recent` says, if they have this tag.
-    exit: Option<(Option<VlanTag>, VlanAction)>,
 }
 
 impl Router {
@@ -74,184 +69,244 @@ impl Router {
         sender: &mut Sender,
     ) {
         self.dither = next_dither(self.dither);
-        let mut trains = core::mem::take(&mut self.trains);
+        let (mut trains, mut stretches) = (core::mem::take(&mut self.trains), core::mem::take(&mut self.stretches));
         let near = source.port.firewall.as_ref().map(|fw| Quick::new(fw, thread, source.now_ns));
-        let mut passage =
-            Passage { router: self, burst, sender, source, thread, near, far: None, recent: None, exit: None };
-        let count = passage.look_at(&mut trains);
+        let mut passage = Passage { router: self, burst, sender, source, thread, near, far: None, recent: None };
+        let count = passage.look_at(&mut stretches, &mut trains);
         let some = trains.get_mut(..count).unwrap_or_default();
-        passage.locate(some);
-        for train in some {
-            passage.conduct(train);
+        passage.locate(&stretches, some);
+        for (stretch, range) in stretches.with_trains(count) {
+            passage.conduct(stretch, some.get_mut(range).unwrap_or_default());
         }
         passage.settle();
         self.trains = trains;
-    }
-
-    /// An evenly distributed number for frame `i` at one end.
-    #[inline(always)]
-    fn dither_of(&self, i: usize, end: u32) -> u32 {
-        (i as u32 * 2 + end).wrapping_mul(0x9e37_79b9) ^ self.dither
+        self.stretches = stretches;
     }
 }
 
 impl<'a, T: TxPort> Passage<'_, 'a, T> {
     /// First pass: what each frame is, and the buckets of the tables that it will be looked up in. Returns the number of trains.
-    #[inline(never)]
-    fn look_at(&mut self, trains: &mut [Train]) -> usize {
-        let Self { router, burst, sender, source, thread, near, far, .. } = self;
-        let untagged_vlan = source.port.vlan.ingress(None);
-        let near_verifies = near.as_ref().is_some_and(Quick::verifies);
-        let mut foretold: Option<(MacAddr, u16, Option<PortId>)> = None;
-        let (mut verify, both) = (false, router.both_buckets);
-        let mut count = 0;
-        let mut free = trains.iter_mut();
-        let mut open: Option<&mut Train> = None;
-        for (i, facts) in (0..burst.len()).zip(router.facts.iter_mut()) {
-            let seen = match see(burst, i, untagged_vlan) {
-                Some(seen) => seen,
-                None => match see_any(burst, i, source, sender) {
-                    Some(seen) => seen,
-                    None => continue,
+    fn look_at(&mut self, stretches: &mut Stretches, trains: &mut [Train]) -> usize {
+        stretches.clear();
+        let (mut i, mut count, mut checked) = (0, 0, false);
+        let mut current: Option<Stretch> = None;
+        while i < self.burst.len() {
+            let (head, have) = self.burst.head(i);
+            let stretch = match current {
+                Some(stretch) if checked || stretch.carries(head, have) => stretch,
+                _ => match self.begin_stretch(stretches, i, count) {
+                    Some(stretch) => *current.insert(stretch),
+                    None => {
+                        i += 1;
+                        continue;
+                    }
                 },
             };
-            let Seen { place, plain, vouched, reading } = seen;
-            let mut is_plain = reading == Reading::Plain;
-            *facts = plain.facts;
-            if is_plain
-                && let Some(train) = &mut open
-                && usize::from(train.end) == i
-                && train.joins(&place, &plain)
-            {
-                if vouched || !verify || checksum_ok(burst, i, plain) {
-                    train.end = i as u8 + 1;
-                    continue;
-                }
-                is_plain = false;
+            i = self.scan(&stretch, i, checked, &mut count, trains);
+            // Where it stopped another stretch begins, or a frame owes work.
+            let (head, have) = self.burst.head(i);
+            checked = self.burst.meta(i).is_some_and(owes_work) && stretch.carries(head, have);
+            if checked && !check_offload(self.burst, i) {
+                self.sender.fail(i, DropReason::RxBadOffload);
+                checked = false;
+                i += 1;
             }
-            let Some(train) = free.next() else { break };
-            count += 1;
-            (train.first, train.end) = (i as u8, i as u8 + 1);
-            train.place = place;
-            train.is_plain = is_plain;
-            train.is_named = reading != Reading::Other;
-            if train.is_named {
-                let (dst, vlan) = (place.link.dst, place.vlan);
-                let output = match foretold {
-                    Some((d, v, output)) if d == dst && v == vlan => output,
-                    _ => {
-                        let output = source.bridge.fdb.lookup(vlan, dst, source.now_s());
-                        let output = output.filter(|&output| face(far, source, output, *thread));
-                        foretold = Some((dst, vlan, output));
-                        output
-                    }
-                };
-                train.plain = plain;
-                train.foretold = output;
-                verify = near_verifies;
-                let mut ends = None;
-                if let Some(near) = near {
-                    let own = near.ends(&plain);
-                    train.near = near.prepare(own, &plain, vlan, both);
-                    ends = Some(own);
-                }
-                if let Some(output) = output
-                    && face(far, source, output, *thread)
-                    && let Some(Far { quick, .. }) = far
-                {
-                    let ends = ends.unwrap_or_else(|| quick.ends(&plain));
-                    train.far = quick.prepare(ends, &plain, vlan, both);
-                    verify |= quick.verifies();
-                }
-                train.verified = verify;
-                train.is_plain = is_plain && (vouched || !verify || checksum_ok(burst, i, plain));
-            }
-            open = Some(train);
         }
         count
     }
 
+    /// Begins a stretch with frame `i` and train `train`. `None`: the frame is dropped.
+    #[inline(never)]
+    fn begin_stretch(&mut self, stretches: &mut Stretches, i: usize, train: usize) -> Option<Stretch> {
+        let Self { burst, sender, source, thread, near, far, .. } = self;
+        let near_verifies = near.as_ref().is_some_and(Quick::verifies);
+        stretches.begin(burst, i, source.port, sender, train, |stretch| {
+            let Place { link, vlan, .. } = stretch.place;
+            let output = source.bridge.fdb.lookup(vlan, link.dst, source.now_s());
+            stretch.foretold = output.filter(|&output| face(far, source, output, *thread));
+            let far_verifies = stretch.foretold.is_some() && far.as_ref().is_some_and(|far| far.quick.verifies());
+            stretch.verify = near_verifies || far_verifies;
+        })
+    }
+
+    /// Looks at frames from `from`, which is the stretch's, up to the first one that is another's, or owes work that is to be checked;
+    /// that of `from` has been if `checked`. Returns where it stopped.
+    fn scan(
+        &mut self,
+        stretch: &Stretch,
+        from: usize,
+        checked: bool,
+        count: &mut usize,
+        trains: &mut [Train],
+    ) -> usize {
+        // Each layout has its own code, with nothing left to ask about it.
+        let on = Scan { stretch, from, checked };
+        match stretch.layout {
+            Some(Layout::V4) => {
+                self.scan_as(on, count, trains, |head, have, len, to| Plain::read(head, have, len, Layout::V4, to))
+            }
+            Some(Layout::V6) => {
+                self.scan_as(on, count, trains, |head, have, len, to| Plain::read(head, have, len, Layout::V6, to))
+            }
+            Some(tagged) => {
+                self.scan_as(on, count, trains, |head, have, len, to| Plain::read(head, have, len, tagged, to))
+            }
+            None => self.scan_as(on, count, trains, |_, _, _, _| None),
+        }
+    }
+
+    /// As [`Self::scan`]; `read` is [`Plain::read`].
+    #[inline(never)]
+    fn scan_as(&mut self, on: Scan<'_>, count: &mut usize, trains: &mut [Train], read: impl Read) -> usize {
+        let Scan { stretch, from, checked } = on;
+        let (vlan, verify) = (stretch.place.vlan, stretch.verify);
+        let far = match stretch.foretold {
+            Some(output) if face(&mut self.far, self.source, output, self.thread) => self.far.as_ref(),
+            _ => None,
+        };
+        let (near, far, both) = (self.near.as_ref(), far.map(|far| &far.quick), self.router.both_buckets);
+        let (frames, segments) = self.burst.frames_mut(from);
+        let all_facts = self.router.facts.get_mut(from..).unwrap_or_default();
+        let mut free = trains.get_mut(*count..).unwrap_or_default().iter_mut();
+        let mut open: Option<&mut Train> = None;
+        let mut i = from;
+        for ((meta, head), facts) in frames.zip(all_facts) {
+            let have = usize::from(meta.snapshot_len);
+            if !stretch.carries(head, have) && i != from {
+                break;
+            }
+            let seen = read(head, have, meta.len as usize, facts);
+            if owes_work(meta)
+                && !(checked && i == from)
+                && !seen.is_some_and(|(plain, is_plain)| is_plain && accept_checksum(meta, &plain))
+            {
+                break;
+            }
+            let at = i as u8;
+            i += 1;
+            let Some((plain, mut is_plain)) = seen else {
+                let Some(train) = free.next() else { break };
+                (train.first, train.end, train.is_plain, train.is_named) = (at, at + 1, false, false);
+                open = None;
+                continue;
+            };
+            // The port that it came from vouches for its checksum, or it has none, or it is yet to be computed.
+            if verify && is_plain && plain.is_summed() && !meta.offload.needs_csum && !meta.offload.csum_valid {
+                is_plain = plain.checksum_ok(head, have, || segments.body(meta));
+            }
+            if is_plain
+                && let Some(train) = &mut open
+                && train.plain.same_talk(&plain)
+            {
+                train.end = at + 1;
+                continue;
+            }
+            let Some(train) = free.next() else { break };
+            (train.first, train.end, train.is_plain, train.is_named) = (at, at + 1, is_plain, true);
+            train.plain = plain;
+            let ends = match (near, far) {
+                (Some(near), _) => near.ends(&plain),
+                (_, Some(far)) => far.ends(&plain),
+                _ => Ends::NONE,
+            };
+            if let Some(near) = near {
+                train.near = near.prepare(ends, &plain, vlan, both);
+            }
+            if let Some(far) = far {
+                train.far = far.prepare(ends, &plain, vlan, both);
+            }
+            open = Some(train).filter(|_| is_plain);
+        }
+        let left = free.len();
+        *count = trains.len() - left;
+        i
+    }
+
     /// Second pass: the tables' entries.
     #[inline(never)]
-    fn locate(&mut self, trains: &mut [Train]) {
-        let Self { router, source, thread, near, far, .. } = self;
-        let mut missing = 0u64;
-        for (t, train) in trains.iter_mut().enumerate().filter(|(_, train)| train.is_named) {
-            let mut found = true;
-            if let Some(near) = near {
-                found &= near.locate(&mut train.near);
-            }
-            if let Some(output) = train.foretold
-                && face(far, source, output, *thread)
-                && let Some(Far { quick, .. }) = far
-            {
-                found &= quick.locate(&mut train.far);
-            }
-            missing |= u64::from(!found) << (t % BURST);
-        }
-        // In a full table many are where they less probably are, and new ones are in neither place.
-        if trains.len() >= TELLING {
-            router.both_buckets = missing.count_ones() as usize * 8 > trains.len();
-        }
-        while missing != 0 {
-            let t = missing.trailing_zeros() as usize;
-            missing &= missing - 1;
-            let Some(train) = trains.get_mut(t) else { break };
-            if let Some(near) = near {
-                near.locate_again(&mut train.near);
-            }
-            if let Some(output) = train.foretold
-                && face(far, source, output, *thread)
-                && let Some(Far { quick, .. }) = far
-            {
-                quick.locate_again(&mut train.far);
-            }
-        }
-    }
-
-    /// Third pass: past the sender's firewall, and on to [`Self::forward`].
-    #[inline]
-    fn conduct(&mut self, train: &mut Train) {
-        let (mut i, end) = (usize::from(train.first), usize::from(train.end));
-        if self.near.is_none() {
-            self.forward(train, i, end, false);
-            return;
-        }
-        while i < end {
-            let passed = self.leave(train, i, end);
-            if passed == 0 {
-                let passes = self.leaves_slowly(i, train.place.vlan);
-                // The connection may be there now.
-                if i + 1 < end
-                    && let Some(near) = &self.near
-                {
-                    near.relocate(&mut train.near);
-                }
-                if !passes {
-                    i += 1;
+    fn locate(&mut self, stretches: &Stretches, trains: &mut [Train]) {
+        let count = trains.len();
+        let mut all_missing = 0;
+        for (stretch, range) in stretches.with_trains(count) {
+            let far = match stretch.foretold {
+                Some(output) if face(&mut self.far, self.source, output, self.thread) => self.far.as_ref(),
+                _ => None,
+            };
+            let (near, far) = (self.near.as_ref(), far.map(|far| &far.quick));
+            let trains = trains.get_mut(range).unwrap_or_default();
+            let mut missing = 0u64;
+            for (t, train) in trains.iter_mut().enumerate() {
+                if !train.is_named {
                     continue;
                 }
+                let here = near.is_none_or(|near| near.locate(&mut train.near));
+                let there = far.is_none_or(|far| far.locate(&mut train.far));
+                missing |= u64::from(!(here && there)) << (t % BURST);
             }
-            let next = i + passed.max(1);
-            // What was not verified there is not vouched for at the other end.
-            let vouched = self.near.as_ref().is_some_and(Quick::verifies);
-            self.forward(train, i, next, vouched);
-            i = next;
+            all_missing += missing.count_ones();
+            while missing != 0 {
+                let t = missing.trailing_zeros() as usize;
+                missing &= missing - 1;
+                let Some(train) = trains.get_mut(t) else { break };
+                if let Some(near) = near {
+                    near.locate_again(&mut train.near);
+                }
+                if let Some(far) = far {
+                    far.locate_again(&mut train.far);
+                }
+            }
+        }
+        // In a full table many are where they less probably are, and new ones are in neither place.
+        if count >= TELLING {
+            self.router.both_buckets = all_missing as usize * 8 > count;
         }
     }
 
-    /// How many of the frames `from..to` the source's firewall lets go at once.
-    #[inline(always)]
-    fn leave(&mut self, train: &Train, from: usize, to: usize) -> usize {
-        let dither = self.router.dither_of(from, 0);
-        let Some(facts) = self.router.facts.get(from..to).filter(|_| train.is_plain) else { return 0 };
-        let Some(near) = &mut self.near else { return 0 };
-        let Train { place, plain, near: prospect, verified, .. } = train;
-        near.passes(place.link.src, place.vlan, plain, facts, prospect, *verified, dither)
+    /// Third pass: past the sender's firewall, and past that of the output.
+    fn conduct(&mut self, stretch: &Stretch, trains: &mut [Train]) {
+        let left = self.leave(stretch, trains);
+        let mut frames = left & trains.iter().fold(0, |frames, train| frames | train.frames());
+        let Some(exit) = self.find_exit(stretch, &mut frames) else { return };
+        if exit.is_guarded {
+            frames = self.arrive(stretch, exit.output, trains, frames);
+        }
+        while frames != 0 {
+            let from = frames.trailing_zeros();
+            let to = from + (frames >> from).trailing_ones();
+            self.router.push_run(exit.output, from as usize, to as usize, exit.action);
+            frames &= !run(from as u8, to as u8);
+        }
+    }
+
+    /// Past the sender's firewall, if there is one. Returns a bit for each frame that may go on.
+    fn leave(&mut self, stretch: &Stretch, trains: &mut [Train]) -> u64 {
+        let (mut left, mut next) = (0, 0);
+        let (link, vlan, verified, dither) =
+            (stretch.place.link, stretch.place.vlan, stretch.verify, self.router.dither);
+        while let Some(rest) = trains.get_mut(next..).filter(|rest| !rest.is_empty()) {
+            let Some(near) = &mut self.near else { return u64::MAX };
+            let (count, passed) = near.pass(link.src, vlan, verified, rest, &self.router.facts, u64::MAX, dither);
+            left |= passed;
+            next += count + 1;
+            let Some(train) = rest.get_mut(count) else { break };
+            // The first packet that does not pass so is judged by itself; those behind it may pass then.
+            let end = usize::from(train.end);
+            let mut i = usize::from(train.first) + (passed & train.frames()).count_ones() as usize;
+            while i < end {
+                left |= u64::from(self.leaves_slowly(stretch, train, i)) << i;
+                i += 1;
+                let facts = self.router.facts.get(i..end).unwrap_or_default();
+                let Some(near) = &mut self.near else { break };
+                let more = near.pass_some(link.src, vlan, verified, train, facts, dither);
+                (i..i + more).for_each(|i| left |= 1 << i);
+                i += more;
+            }
+        }
+        left
     }
 
     #[inline(never)]
-    fn leaves_slowly(&mut self, i: usize, vlan: u16) -> bool {
+    fn leaves_slowly(&mut self, stretch: &Stretch, train: &mut Train, i: usize) -> bool {
         let source = self.source;
         let Some(firewall) = &source.port.firewall else { return true };
         let end = End {
@@ -261,100 +316,99 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             // An answer to what the VM's own rules reject concerns no connection of the VM.
             ingress_guarded: false,
             toward: Toward::Egress,
-            vlan,
+            vlan: stretch.place.vlan,
             now_ns: source.now_ns,
         };
-        judge(&mut self.router.stage, self.burst, i, &end, false, self.sender)
-    }
-
-    /// Finds where the frames `from..to` go, past the firewall there.
-    #[inline(always)]
-    fn forward(&mut self, train: &mut Train, from: usize, to: usize, vouched: bool) {
-        let Place { link, vlan, tag, .. } = train.place;
-        if let Some(recent) = self.recent
-            && let Some((of, action)) = self.exit
-            && recent.link == link
-            && recent.vlan == vlan
-            && of == tag
+        let passes = judge(&mut self.router.stage, self.burst, i, &end, false, self.sender);
+        // The connection may be there now.
+        if i + 1 < usize::from(train.end)
+            && let Some(near) = &self.near
         {
-            self.enter(train, from, to, recent.output, action, vouched);
-        } else {
-            self.forward_anew(train, from, to, vouched);
+            near.relocate(&mut train.near);
         }
+        passes
     }
 
-    /// The same, when those before went elsewhere.
+    /// Finds where the frames of a stretch go, of which there is a bit for each; those that go elsewhere, or nowhere, have none afterwards.
     #[inline(never)]
-    fn forward_anew(&mut self, train: &mut Train, from: usize, to: usize, vouched: bool) {
-        let Place { vlan, tag, .. } = train.place;
-        for i in from..to {
-            self.exit = None;
-            match look_up(self.source, &train.place, i, &mut self.recent, self.sender) {
+    fn find_exit(&mut self, stretch: &Stretch, frames: &mut u64) -> Option<Exit> {
+        let (source, place) = (self.source, &stretch.place);
+        while *frames != 0 {
+            let i = frames.trailing_zeros() as usize;
+            match look_up(source, place, i, &mut self.recent, self.sender) {
                 Target::None => {}
                 Target::Flood => {
-                    self.router.flood_judged(self.burst, self.source, i, &train.place, vouched, self.sender);
+                    let vouched = self.vouches();
+                    self.router.flood_judged(self.burst, source, i, place, vouched, self.sender);
                 }
                 Target::Port(output) => {
-                    let action = self.source.forwarding.port(output).and_then(|port| action(port, vlan, tag));
-                    match action {
-                        Some(action) => {
-                            self.exit = Some((tag, action));
-                            self.enter(train, i, to, output, action, vouched);
-                        }
-                        None => (i..to).for_each(|i| self.sender.fail(i, DropReason::NoDestination)),
+                    let port = source.forwarding.port(output);
+                    if let Some(action) = port.and_then(|port| action(port, place.vlan, place.tag)) {
+                        let is_guarded = face(&mut self.far, source, output, self.thread);
+                        return Some(Exit { output, action, is_guarded });
                     }
-                    return;
+                    self.sender.fail(i, DropReason::NoDestination);
                 }
             }
+            *frames &= *frames - 1;
         }
+        None
     }
 
-    /// Past the firewall of the output, if it has one, and into its batch.
-    #[inline(always)]
-    fn enter(&mut self, train: &mut Train, from: usize, to: usize, output: PortId, action: VlanAction, vouched: bool) {
-        let mut i = from;
-        while i < to {
-            let passed = self.arrive(train, i, to, output);
-            if passed == 0 {
-                if self.arrives_slowly(train, i, output, vouched) {
-                    self.router.push_run(output, i, i + 1, action);
+    /// The source's firewall verifies checksums: what it lets go, the next one need not.
+    fn vouches(&self) -> bool {
+        self.near.as_ref().is_some_and(Quick::verifies)
+    }
+
+    /// Past the firewall of the output, which was met last. `frames`: a bit for each that wants to; returns those that may.
+    fn arrive(&mut self, stretch: &Stretch, output: PortId, trains: &mut [Train], frames: u64) -> u64 {
+        let (mut entered, mut next) = (0, 0);
+        let (link, vlan, verified, dither) =
+            (stretch.place.link, stretch.place.vlan, stretch.verify, self.router.dither);
+        if let Some(Far { quick, .. }) = &self.far
+            && stretch.foretold != Some(output)
+        {
+            find_anew(quick, trains, vlan);
+        }
+        while let Some(rest) = trains.get_mut(next..).filter(|rest| !rest.is_empty()) {
+            let Some(Far { quick, .. }) = &mut self.far else { break };
+            let (count, passed) = quick.pass(link.dst, vlan, verified, rest, &self.router.facts, frames, dither);
+            entered |= passed;
+            next += count + 1;
+            let Some(train) = rest.get_mut(count) else { break };
+            // As on the way out.
+            let end = usize::from(train.end);
+            let mut i = usize::from(train.first) + (passed & train.frames()).count_ones() as usize;
+            while i < end {
+                if frames >> i & 1 == 0 {
+                    i += 1;
+                    continue;
                 }
-                if i + 1 < to
-                    && let Some(Far { quick, .. }) = self.far.as_ref().filter(|far| far.output == output)
-                {
-                    quick.relocate(&mut train.far);
-                }
+                entered |= u64::from(self.arrives_slowly(stretch, train, i, output)) << i;
                 i += 1;
-                continue;
+                let wanting = (frames >> (i % 64)).trailing_ones() as usize;
+                let facts = self.router.facts.get(i..end.min(i + wanting)).unwrap_or_default();
+                let Some(Far { quick, .. }) = &mut self.far else { break };
+                let more = quick.pass_some(link.dst, vlan, verified, train, facts, dither);
+                (i..i + more).for_each(|i| entered |= 1 << i);
+                i += more;
             }
-            self.router.push_run(output, i, i + passed, action);
-            i += passed;
         }
-    }
-
-    /// How many of the frames `from..to` the output's firewall lets in at once.
-    #[inline(always)]
-    fn arrive(&mut self, train: &mut Train, from: usize, to: usize, output: PortId) -> usize {
-        let dither = self.router.dither_of(from, 1);
-        let Some(facts) = self.router.facts.get(from..to).filter(|_| train.is_plain) else { return 0 };
-        if !face(&mut self.far, self.source, output, self.thread) {
-            return 0;
-        }
-        let Some(Far { quick, .. }) = &mut self.far else { return 0 };
-        if train.foretold != Some(output) {
-            train.far = quick.prepare(quick.ends(&train.plain), &train.plain, train.place.vlan, false);
-            quick.relocate(&mut train.far);
-            train.foretold = Some(output);
-        }
-        let Train { place, plain, far: prospect, verified, .. } = train;
-        quick.passes(place.link.dst, place.vlan, plain, facts, prospect, *verified, dither)
+        entered
     }
 
     #[inline(never)]
-    fn arrives_slowly(&mut self, train: &Train, i: usize, output: PortId, vouched: bool) -> bool {
-        let source = self.source;
+    fn arrives_slowly(&mut self, stretch: &Stretch, train: &mut Train, i: usize, output: PortId) -> bool {
+        let (source, vlan, vouched) = (self.source, stretch.place.vlan, self.vouches());
         let port = source.forwarding.port(output);
-        port.is_none_or(|port| self.router.admit(self.burst, source, i, train.place.vlan, vouched, port, self.sender))
+        let passes = port.is_none_or(|port| self.router.admit(self.burst, source, i, vlan, vouched, port, self.sender));
+        // The connection may be there now.
+        if i + 1 < usize::from(train.end)
+            && let Some(Far { quick, .. }) = self.far.as_ref().filter(|far| far.output == output)
+        {
+            quick.relocate(&mut train.far);
+        }
+        passes
     }
 
     fn settle(self) {
@@ -367,64 +421,15 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
     }
 }
 
-impl Train {
-    /// A plain packet is one more of it.
-    #[inline(always)]
-    fn joins(&self, place: &Place, plain: &Plain) -> bool {
-        let (own, other) = (&self.place, place);
-        self.is_plain
-            && own.link == other.link
-            && own.vlan == other.vlan
-            && own.tag == other.tag
-            && self.plain.same_talk(plain)
-    }
-}
-
-/// What is seen of a frame.
-struct Seen {
-    place: Place,
-    /// As far as `reading` says.
-    plain: Plain,
-    reading: Reading,
-    /// The port that it came from vouches for its checksum, or it has none, or it is yet to be computed.
-    vouched: bool,
-}
-
-/// What an untagged frame without special wishes is, and its packet if it is plain. `None`: to be classified.
-#[inline(always)]
-fn see(burst: &mut RxBurst, i: usize, untagged_vlan: Option<u16>) -> Option<Seen> {
-    let (head, meta) = burst.frame_mut(i)?;
-    let have = usize::from(meta.snapshot_len);
-    let (link, ethertype) = untagged(head, have)?;
-    let vlan = untagged_vlan?;
-    // In registers: copied from memory, it would be waited for.
-    let mut plain = Plain::default();
-    let reading = plain.read(head, have, meta.len as usize, ethernet::HEADER_BYTES, ethertype);
-    if owes_work(meta) && !(reading == Reading::Plain && accept_checksum(meta, &plain)) {
-        return None;
-    }
-    let vouched = meta.offload.needs_csum || meta.offload.csum_valid || !plain.is_summed();
-    let l3 = ethernet::HEADER_BYTES as u16;
-    Some(Seen { place: Place { link, vlan, tag: None, l3, ethertype }, plain, reading, vouched })
-}
-
-/// As [`see`], of any frame. `None`: dropped.
+/// Looks for the entries of trains' connections behind an output that was not foretold.
 #[inline(never)]
-fn see_any<T>(burst: &mut RxBurst, i: usize, source: &Source<'_, T>, sender: &mut Sender) -> Option<Seen> {
-    let place = classify_any(burst, i, source.port, sender)?;
-    let (head, have) = burst.head(i);
-    let meta = burst.meta(i)?;
-    let mut plain = Plain::default();
-    let reading = plain.read(head, have, meta.len as usize, usize::from(place.l3), place.ethertype);
-    let vouched = meta.offload.needs_csum || meta.offload.csum_valid || !plain.is_summed();
-    Some(Seen { place, plain, reading, vouched })
-}
-
-#[inline(never)]
-fn checksum_ok(burst: &RxBurst, i: usize, packet: Plain) -> bool {
-    let (head, have) = burst.head(i);
-    let Some((_, _, body)) = burst.parts(i) else { return false };
-    packet.checksum_ok(head, have, &body)
+fn find_anew(quick: &Quick<'_, false>, trains: &mut [Train], vlan: u16) {
+    for train in trains.iter_mut().filter(|train| train.is_named) {
+        train.far = quick.prepare(quick.ends(&train.plain), &train.plain, vlan, false);
+    }
+    for train in trains.iter_mut().filter(|train| train.is_named) {
+        quick.relocate(&mut train.far);
+    }
 }
 
 /// Makes `far` the firewall of `output`. False when there is none that judges: who takes a diverted frame in judges it.

@@ -3,22 +3,24 @@
 //!
 //! Where no firewall is involved each frame goes straight through; `guarded` has what happens where one is.
 mod guarded;
+mod stretch;
 
 use crate::bridge::fdb::{MAX_PORTS, PortId};
 use crate::bridge::vlan::Egress;
 use crate::bridge::{BridgeEntry, Forwarding, PortEntry};
-use crate::conntrack::{Particulars, Plain, Reading, Toward};
+use crate::conntrack::{Layout, Particulars, Plain, Toward};
 use crate::counters::DropReason;
 use crate::enforce::pending::{Next, PendingFrame};
+use crate::enforce::quick::Train;
 use crate::enforce::stage::{End, Outcome, Stage};
 use crate::frame::{BURST, FrameMeta, Gso, MAX_FRAME_BYTES, Offload, RxBurst, SNAPSHOT_BYTES};
 use crate::offload::{BadOffload, VlanAction, validate};
 use crate::output::{Batch, Sender};
 use crate::packet::ethernet;
-use crate::packet::{self, EtherType, MacAddr, ParseError, Tci, Tpid, VlanId, VlanTag};
+use crate::packet::{self, EtherType, MacAddr, Tci, Tpid, VlanId, VlanTag};
 use crate::port::TxPort;
 use crate::qsbr::Guard;
-use guarded::Train;
+use stretch::{Stretches, place};
 
 /// Verdicts of one burst, and the batches per output that it was sorted into.
 pub(crate) struct Router {
@@ -28,6 +30,7 @@ pub(crate) struct Router {
     pub stage: Stage,
     /// The frames of a burst that firewalls look at, and the facts of those that are plain.
     trains: Box<[Train]>,
+    stretches: Stretches,
     facts: Box<[Particulars; BURST]>,
     /// Many entries have lately been in the second of their buckets: both are to be fetched.
     both_buckets: bool,
@@ -88,6 +91,17 @@ struct Source<'a, T> {
     now_ns: u64,
 }
 
+impl Place {
+    /// No frame's.
+    const NOWHERE: Self = Self {
+        link: Link { dst: MacAddr::ZERO, src: MacAddr::ZERO },
+        vlan: 0,
+        tag: None,
+        l3: 0,
+        ethertype: EtherType(0),
+    };
+}
+
 impl<T> Source<'_, T> {
     #[inline]
     fn now_s(&self) -> u32 {
@@ -108,6 +122,7 @@ impl Router {
             active: Vec::with_capacity(MAX_PORTS),
             stage,
             trains: vec![Train::default(); BURST].into_boxed_slice(),
+            stretches: Stretches::new(),
             facts: Box::new([Particulars::default(); BURST]),
             both_buckets: false,
             dither: 0x9e37_79b9,
@@ -448,9 +463,12 @@ fn follows(burst: &mut RxBurst, i: usize, link: Link) -> bool {
 
 /// All that an untagged frame is owed is the checksum of a plain packet.
 fn owes_only_checksum(head: &[u8; SNAPSHOT_BYTES], meta: &mut FrameMeta, ethertype: EtherType) -> bool {
-    let mut plain = Plain::default();
+    let Some(layout) = Layout::new(ethernet::HEADER_BYTES as u16, ethertype) else { return false };
     let (have, len) = (usize::from(meta.snapshot_len), meta.len as usize);
-    plain.read(head, have, len, ethernet::HEADER_BYTES, ethertype) == Reading::Plain && accept_checksum(meta, &plain)
+    match Plain::read(head, have, len, layout, &mut Particulars::default()) {
+        Some((plain, true)) => accept_checksum(meta, &plain),
+        _ => false,
+    }
 }
 
 /// All that a frame is owed is the checksum of its plain packet.
@@ -481,28 +499,12 @@ fn classify<T>(burst: &mut RxBurst, i: usize, port: &PortEntry<T>, sender: &mut 
 /// As [`classify`], for any frame.
 #[inline(never)]
 fn classify_any<T>(burst: &mut RxBurst, i: usize, port: &PortEntry<T>, sender: &mut Sender) -> Option<Place> {
-    let len = burst.meta(i).map_or(0, |m| m.len);
-    let l2 = match packet::parse_l2(burst.snapshot(i), len) {
-        Ok(l2) => l2,
-        Err(ParseError::FrameTooShort) => {
-            sender.fail(i, DropReason::RxTooShort);
-            return None;
-        }
-        Err(_) => {
-            sender.fail(i, DropReason::RxBadHeader);
-            return None;
-        }
-    };
-    let Some(vlan) = port.vlan.ingress(l2.vlan.map(|t| t.tci.vid().get())) else {
-        sender.fail(i, DropReason::VlanNotAllowed);
-        return None;
-    };
+    let place = place(burst, i, port, sender)?;
     if burst.meta(i).is_some_and(owes_work) && !check_offload(burst, i) {
         sender.fail(i, DropReason::RxBadOffload);
         return None;
     }
-    let link = Link { dst: l2.dst_mac, src: l2.src_mac };
-    Some(Place { link, vlan, tag: l2.vlan, l3: l2.len, ethertype: l2.ethertype })
+    Some(place)
 }
 
 /// One end judges frame `i`. True: it goes on.

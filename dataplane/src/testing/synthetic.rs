@@ -212,12 +212,12 @@ fn ipv4(src: [u8; 4], dst: [u8; 4], proto: u8, l4_len: u16) -> Vec<u8> {
     ip
 }
 
-/// Flow n: from 10.x.y.z, one port for each 64 k addresses. The UDP checksum is not used, as RFC 768 allows.
+/// Flow n: to 10.x.y.z, from one address, as a VM's flows are. The UDP checksum is not used, as RFC 768 allows.
 fn udp(n: u32, frame_bytes: usize) -> Vec<u8> {
     let mut f = ethernet(0, [8, 0]);
     let l4_len = (frame_bytes.max(46) - 34) as u16;
     let [_, x, y, z] = n.to_be_bytes();
-    f.extend(ipv4([10, x, y, z], [10, 255, 255, 254], 17, l4_len));
+    f.extend(ipv4([10, 255, 255, 254], [10, x, y, z], 17, l4_len));
     let [a, b] = l4_len.to_be_bytes();
     f.extend([0x13, 0x88, 0, 53, a, b, 0, 0]);
     f.resize(frame_bytes.max(46), 0x5a);

@@ -364,6 +364,15 @@ impl<'a> Look<'a> {
         const { kept(N) }.and_then(|at| self.slot.rest.get(at)).map_or(0, |word| word.load(Ordering::Relaxed))
     }
 
+    /// Word `M` of the entry if `second`, else word `N`; both are behind the control word.
+    #[inline(always)]
+    pub fn either<const N: usize, const M: usize>(&self, second: bool) -> Word<'a> {
+        const { assert!(N > META && N < 15 && M > META && M < 15) };
+        let word = |at: Option<usize>| at.and_then(|at| self.slot.rest.get(at));
+        let (first, other) = (word(const { kept(N) }), word(const { kept(M) }));
+        Word(if second { other } else { first })
+    }
+
     /// Makes the entry the caller's alone, if it is still the one that was looked at. It will have the next version.
     #[inline(always)]
     pub fn claim(self, expires_ms: u32) -> Option<Amend<'a>> {
@@ -375,6 +384,18 @@ impl<'a> Look<'a> {
         // Whoever sees one of the stores that follow also sees that the slot was being written.
         fence(Ordering::Release);
         Some(Amend { slot, after: self.meta.live_to_next(expires_ms) })
+    }
+}
+
+/// A word of an entry, of those that are kept.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Word<'a>(Option<&'a AtomicU64>);
+
+impl Word<'_> {
+    /// What is there.
+    #[inline(always)]
+    pub fn read(self) -> u64 {
+        self.0.map_or(0, |word| word.load(Ordering::Relaxed))
     }
 }
 
@@ -391,6 +412,14 @@ impl Amend<'_> {
     pub fn set<const N: usize>(&self, value: u64) {
         const { assert!(N > META && N < 15) };
         if let Some(word) = const { kept(N) }.and_then(|at| self.slot.rest.get(at)) {
+            word.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// Replaces a word of this entry.
+    #[inline(always)]
+    pub fn put(&self, word: Word<'_>, value: u64) {
+        if let Some(word) = word.0 {
             word.store(value, Ordering::Relaxed);
         }
     }
