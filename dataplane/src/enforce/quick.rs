@@ -59,23 +59,16 @@ pub(crate) fn run(first: u8, end: u8) -> u64 {
     u64::MAX << (first % 64) & u64::MAX >> (64u8.wrapping_sub(end) % 64)
 }
 
-/// What a frame says of where it comes from, or goes to.
+/// A station and a source address that were accepted.
 #[derive(Clone, Copy)]
-struct Claim {
-    station: MacAddr,
+struct Accepted {
+    /// A MAC address, or what is none.
+    station: u64,
     source: [u64; 2],
-    /// Somebody's: any address at all may be claimed, so none can stand for nobody's.
-    made: bool,
 }
 
-impl Claim {
-    const NOBODYS: Self = Self { station: MacAddr::ZERO, source: [0; 2], made: false };
-
-    #[inline(always)]
-    fn is(&self, other: &Self) -> bool {
-        let ([a, b], [c, d]) = (self.source, other.source);
-        self.made && (self.station.as_u64() ^ other.station.as_u64()) | (a ^ c) | (b ^ d) == 0
-    }
+impl Accepted {
+    const NOBODY: Self = Self { station: u64::MAX, source: [0; 2] };
 }
 
 /// One port's firewall in one direction, from the VM (`EGRESS`) or to it, for the time of a burst.
@@ -91,7 +84,7 @@ pub(crate) struct Quick<'a, const EGRESS: bool> {
     new: u64,
     established: u64,
     /// The last station, and for the direction from the VM its address, that the anti-spoofing rules let pass.
-    accepted: Claim,
+    accepted: Accepted,
     /// Entries that were changed, of which the table is still to be told: of all together, since it takes a memory fence. There are at most
     /// as many as frames.
     changed: ArrayVec<Likely, BURST>,
@@ -110,7 +103,7 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
             counters: firewall.ledgers.get(thread).map(|ledger| ledger.of(Self::TOWARD)),
             new: 0,
             established: 0,
-            accepted: Claim::NOBODYS,
+            accepted: Accepted::NOBODY,
             changed: ArrayVec::new(),
         }
     }
@@ -152,20 +145,20 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
     #[inline(always)]
     fn is_ours(&mut self, station: MacAddr, packet: &Plain) -> bool {
         let Some(spoof) = self.spoof else { return true };
+        let Accepted { station: known, source: [a, b] } = self.accepted;
         // To the VM, any address may come.
-        let claim = Claim { station, source: if EGRESS { packet.source_words() } else { [0; 2] }, made: true };
-        self.accepted.is(&claim) || self.accept(spoof, claim, packet)
+        let [c, d] = if EGRESS { packet.source_words() } else { [a, b] };
+        (known ^ station.as_u64()) | (a ^ c) | (b ^ d) == 0 || self.accept(spoof, station, packet)
     }
 
     #[inline(never)]
-    fn accept(&mut self, spoof: &SpoofTable, claim: Claim, packet: &Plain) -> bool {
-        let station = claim.station;
+    fn accept(&mut self, spoof: &SpoofTable, station: MacAddr, packet: &Plain) -> bool {
         let ours = match Self::TOWARD {
             Toward::Egress => spoof.allows_source(station, packet.source()),
             Toward::Ingress => station.is_multicast() || spoof.has_mac(station),
         };
         if ours {
-            self.accepted = claim;
+            self.accepted = Accepted { station: station.as_u64(), source: packet.source_words() };
         }
         ours
     }

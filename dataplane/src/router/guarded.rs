@@ -8,7 +8,7 @@
 use super::stretch::{Stretch, Stretches};
 use super::{Place, Recent, Router, Source, Target, accept_checksum, action, check_offload, judge, look_up, owes_work};
 use crate::bridge::fdb::PortId;
-use crate::conntrack::{Ends, Layout, Particulars, Plain, Toward, next_dither};
+use crate::conntrack::{Layout, Particulars, Plain, Toward, next_dither};
 use crate::counters::DropReason;
 use crate::enforce::quick::{Quick, Train, run};
 use crate::enforce::stage::End;
@@ -102,7 +102,9 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
                     }
                 },
             };
+            let first = count;
             i = self.scan(&stretch, i, checked, &mut count, trains);
+            self.prepare(&stretch, trains.get_mut(first..count).unwrap_or_default());
             // Where it stopped another stretch begins, or a frame owes work.
             let (head, have) = self.burst.head(i);
             checked = self.burst.meta(i).is_some_and(owes_work) && stretch.carries(head, have);
@@ -159,12 +161,6 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
     #[inline(never)]
     fn scan_as(&mut self, on: Scan<'_>, count: &mut usize, trains: &mut [Train], read: impl Read) -> usize {
         let Scan { stretch, from, checked } = on;
-        let (vlan, verify) = (stretch.place.vlan, stretch.verify);
-        let far = match stretch.foretold {
-            Some(output) if face(&mut self.far, self.source, output, self.thread) => self.far.as_ref(),
-            _ => None,
-        };
-        let (near, far, both) = (self.near.as_ref(), far.map(|far| &far.quick), self.router.both_buckets);
         let (frames, segments) = self.burst.frames_mut(from);
         let all_facts = self.router.facts.get_mut(from..).unwrap_or_default();
         let mut free = trains.get_mut(*count..).unwrap_or_default().iter_mut();
@@ -191,7 +187,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
                 continue;
             };
             // The port that it came from vouches for its checksum, or it has none, or it is yet to be computed.
-            if verify && is_plain && plain.is_summed() && !meta.offload.needs_csum && !meta.offload.csum_valid {
+            if stretch.verify && is_plain && plain.is_summed() && !meta.offload.needs_csum && !meta.offload.csum_valid {
                 is_plain = plain.checksum_ok(head, have, || segments.body(meta));
             }
             if is_plain
@@ -204,22 +200,38 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             let Some(train) = free.next() else { break };
             (train.first, train.end, train.is_plain, train.is_named) = (at, at + 1, is_plain, true);
             train.plain = plain;
-            let ends = match (near, far) {
-                (Some(near), _) => near.ends(&plain),
-                (_, Some(far)) => far.ends(&plain),
-                _ => Ends::NONE,
-            };
-            if let Some(near) = near {
-                train.near = near.prepare(ends, &plain, vlan, both);
-            }
-            if let Some(far) = far {
-                train.far = far.prepare(ends, &plain, vlan, both);
-            }
             open = Some(train).filter(|_| is_plain);
         }
         let left = free.len();
         *count = trains.len() - left;
         i
+    }
+
+    /// Fetches the buckets of the tables that the connections of a stretch's trains will be looked up in.
+    #[inline(never)]
+    fn prepare(&mut self, stretch: &Stretch, trains: &mut [Train]) {
+        let vlan = stretch.place.vlan;
+        let far = match stretch.foretold {
+            Some(output) if face(&mut self.far, self.source, output, self.thread) => self.far.as_ref(),
+            _ => None,
+        };
+        let (near, far, both) = (self.near.as_ref(), far.map(|far| &far.quick), self.router.both_buckets);
+        match (near, far) {
+            (Some(near), Some(far)) => {
+                for train in trains {
+                    let ends = near.ends(&train.plain);
+                    train.near = near.prepare(ends, &train.plain, vlan, both);
+                    train.far = far.prepare(ends, &train.plain, vlan, both);
+                }
+            }
+            (Some(near), None) => {
+                trains.iter_mut().for_each(|t| t.near = near.prepare(near.ends(&t.plain), &t.plain, vlan, both));
+            }
+            (None, Some(far)) => {
+                trains.iter_mut().for_each(|t| t.far = far.prepare(far.ends(&t.plain), &t.plain, vlan, both));
+            }
+            (None, None) => {}
+        }
     }
 
     /// Second pass: the tables' entries.
@@ -264,8 +276,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
 
     /// Third pass: past the sender's firewall, and past that of the output.
     fn conduct(&mut self, stretch: &Stretch, trains: &mut [Train]) {
-        let left = self.leave(stretch, trains);
-        let mut frames = left & trains.iter().fold(0, |frames, train| frames | train.frames());
+        let mut frames = self.leave(stretch, trains);
         let Some(exit) = self.find_exit(stretch, &mut frames) else { return };
         if exit.is_guarded {
             frames = self.arrive(stretch, exit.output, trains, frames);
@@ -284,7 +295,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         let (link, vlan, verified, dither) =
             (stretch.place.link, stretch.place.vlan, stretch.verify, self.router.dither);
         while let Some(rest) = trains.get_mut(next..).filter(|rest| !rest.is_empty()) {
-            let Some(near) = &mut self.near else { return u64::MAX };
+            let Some(near) = &mut self.near else { return trains.iter().fold(0, |all, train| all | train.frames()) };
             let (count, passed) = near.pass(link.src, vlan, verified, rest, &self.router.facts, u64::MAX, dither);
             left |= passed;
             next += count + 1;

@@ -16,11 +16,6 @@ static PROCESS: LazyLock<[u64; 3]> = LazyLock::new(|| {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ends(u64);
 
-impl Ends {
-    /// Of nothing in particular.
-    pub(crate) const NONE: Self = Self(0);
-}
-
 /// Hashes a key under secrets of the process and of the map.
 ///
 /// Multiply-and-fold over addresses and ports of each end, then over both and the rest of the key. Not a cryptographic function: what
