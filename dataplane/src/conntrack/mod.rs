@@ -34,6 +34,7 @@ mod sctp;
 mod steady;
 mod table;
 mod tcp;
+mod tcp_run;
 mod tracker;
 mod udp;
 

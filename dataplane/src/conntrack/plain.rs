@@ -6,6 +6,7 @@
 //! finds; all that is not plain, everything malformed included, is left to it.
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+#[cfg(test)]
 use super::dissect::Segment;
 use super::key::{Toward, V6};
 use super::map::KeyWords;
@@ -64,12 +65,13 @@ impl Talk {
 pub(crate) struct Particulars {
     /// Length of the IP packet, bytes.
     pub ip_len: u32,
-    seq: u32,
-    ack: u32,
-    window: u16,
-    payload_len: u16,
+    pub seq: u32,
+    pub ack: u32,
+    pub window: u16,
+    pub payload_len: u16,
 }
 
+#[cfg(test)]
 impl Particulars {
     /// The TCP segment, its options left out: they mean nothing here.
     #[inline(always)]

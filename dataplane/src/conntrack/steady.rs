@@ -7,9 +7,10 @@
 use super::config::TrackConfig;
 use super::entry::{Decision, Notes, Traffic, expiry, word};
 use super::key::{Toward, Way};
-use super::map::{ConnMap, KeyWords, Likely, Look};
+use super::map::{ConnMap, KeyWords, Likely, Look, Word};
 use super::plain::{Particulars, Plain};
-use super::tcp::{self, TcpState};
+use super::tcp::TcpState;
+use super::tcp_run::{Run, Words};
 use super::{CtState, udp};
 use crate::packet::IpProto;
 
@@ -138,41 +139,40 @@ fn steady_tcp(
     {
         return None;
     }
-    let [a, b, c, d, e, f] = [
-        look.word::<P>(),
-        look.word::<{ P + 1 }>(),
-        look.word::<{ P + 2 }>(),
-        look.word::<{ P + 3 }>(),
-        look.word::<{ P + 4 }>(),
-        look.word::<{ P + 5 }>(),
-    ];
-    let (low, high) = (|word: u64| word as u32, |word: u64| (word >> 32) as u32);
-    let words = [low(a), high(a), low(b), high(b), low(c), high(c), low(d), high(d), low(e), high(e), low(f), high(f)];
-    let mut after = tcp::Steady { words, retrans: notes.retrans(), timeout_ms: 0 };
+    let is_reply = way == Way::Reply;
+    // The words of who sends these segments, and of who receives them.
+    let sender = [look.either::<P, { P + 2 }>(is_reply), look.either::<{ P + 1 }, { P + 3 }>(is_reply)];
+    let receiver = [look.either::<{ P + 2 }, P>(is_reply), look.either::<{ P + 3 }, { P + 1 }>(is_reply)];
+    let words = Words {
+        sender: sender.map(Word::read),
+        receiver: receiver.map(Word::read),
+        last: [look.word::<{ P + 4 }>(), look.word::<{ P + 5 }>()],
+    };
+    let mut run = Run::new(words, notes.retrans(), way)?;
     let (mut packets, mut bytes) = (0, 0u32);
     for facts in facts {
-        let Some(next) = tcp::steady(&after.words, after.retrans, &facts.segment(), way, terms.config) else { break };
-        after = next;
+        if !run.take(facts) {
+            break;
+        }
         packets += 1;
         bytes = bytes.wrapping_add(facts.ip_len);
     }
     if packets == 0 {
         return None;
     }
-    let traffic = look.either::<{ word::ORIGINAL }, { word::REPLY }>(way == Way::Reply);
+    let (after, retrans, timeout_ms) = run.finish(terms.config);
+    let traffic = look.either::<{ word::ORIGINAL }, { word::REPLY }>(is_reply);
     let sum = counted(traffic.read(), packets, bytes, dither);
-    let entry = look.claim(expiry(terms.now_ms, after.timeout_ms))?;
-    let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
-    let [a, b, c, d, e, f, g, h, i, j, k, l] = after.words;
-    entry.set::<P>(pair(a, b));
-    entry.set::<{ P + 1 }>(pair(c, d));
-    entry.set::<{ P + 2 }>(pair(e, f));
-    entry.set::<{ P + 3 }>(pair(g, h));
-    entry.set::<{ P + 4 }>(pair(i, j));
-    entry.set::<{ P + 5 }>(pair(k, l));
+    let entry = look.claim(expiry(terms.now_ms, timeout_ms))?;
+    for (word, value) in sender.into_iter().zip(after.sender).chain(receiver.into_iter().zip(after.receiver)) {
+        entry.put(word, value);
+    }
+    let [bits, last] = after.last;
+    entry.set::<{ P + 4 }>(bits);
+    entry.set::<{ P + 5 }>(last);
     entry.put(traffic, sum);
-    if after.retrans != notes.retrans() {
-        entry.set::<{ word::NOTES }>(notes.with_retrans(after.retrans).0);
+    if retrans != notes.retrans() {
+        entry.set::<{ word::NOTES }>(notes.with_retrans(retrans).0);
     }
     entry.commit();
     Some((packets, CtState::Established))

@@ -206,7 +206,7 @@ pub(super) const CHALLENGE_EXPECTED: u32 = 4;
 pub(super) const SIMULTANEOUS_OPEN: u32 = 8;
 
 /// Lag of acknowledgements that is always tolerated, bytes.
-const MAX_ACK_LAG: u32 = 66_000;
+pub(super) const MAX_ACK_LAG: u32 = 66_000;
 /// RFC 7323, 2.3.
 pub(super) const MAX_SCALE: u8 = 14;
 
@@ -297,12 +297,12 @@ fn highest_sack(segment: &Segment<'_>, ack: u32) -> u32 {
 }
 
 #[inline]
-fn before(a: u32, b: u32) -> bool {
+pub(super) fn before(a: u32, b: u32) -> bool {
     (a.wrapping_sub(b) as i32) < 0
 }
 
 #[inline]
-fn after(a: u32, b: u32) -> bool {
+pub(super) fn after(a: u32, b: u32) -> bool {
     before(b, a)
 }
 
@@ -386,6 +386,30 @@ impl Tcp {
             | (self.last_way.index() as u32) << 23
             | u32::from(self.last_scale) << 24
             | self.last_flags << 28
+    }
+
+    /// Where the flags of a side are in [`Self::bits`], by whether it is the one that answered.
+    #[inline(always)]
+    pub(super) const fn shift_of(is_reply: bool) -> u32 {
+        if is_reply { 10 } else { 0 }
+    }
+
+    /// The scale of a side, of bits moved by [`Self::shift_of`].
+    #[inline(always)]
+    pub(super) const fn scale_of(bits: u32) -> u8 {
+        (bits >> 6 & 0xf) as u8
+    }
+
+    /// The last segment, by the bits, went the way of replies.
+    #[inline(always)]
+    pub(super) const fn last_is_reply(bits: u32) -> bool {
+        bits >> 23 & 1 != 0
+    }
+
+    /// The bits with another kind and way of the last segment.
+    #[inline(always)]
+    pub(super) const fn with_last(bits: u32, kind: Kind, is_reply: bool) -> u32 {
+        bits & !(0xf << 20) | (kind as u32) << 20 | (is_reply as u32) << 23
     }
 
     /// What was agreed on at the beginning and what changes with the state: flags (but the transient one) and scales.
@@ -475,37 +499,6 @@ impl Connection {
         tcp.retrans = 0;
         tcp.store(self) != Change::None
     }
-}
-
-/// What an ordinary segment of an open connection changes.
-pub(super) struct Steady {
-    pub words: [u32; 12],
-    pub retrans: u8,
-    pub timeout_ms: u32,
-}
-
-/// What [`track`] does with a segment whose only significant flag is ACK, on an established, answered and assured connection of which
-/// these are the words, where all that changes is bookkeeping. `None`: something else is to be done; [`track`] knows what.
-#[inline(always)]
-pub(super) fn steady(
-    words: &[u32; 12],
-    retrans: u8,
-    segment: &Segment<'_>,
-    way: Way,
-    config: &TrackConfig,
-) -> Option<Steady> {
-    let segment = Segment { flags: Flags::ACK, ..*segment };
-    let mut tcp = Tcp::unpack(words, retrans);
-    let Fit::Accept = window(&mut tcp, &segment, Kind::Ack, way, TcpState::Established, config) else { return None };
-    tcp.last_kind = Kind::Ack;
-    tcp.last_way = way;
-    let timeout_ms = timeout(&tcp, TcpState::Established, Kind::Ack, config);
-    let after = tcp.pack();
-    let ([_, _, _, _, _, _, _, _, bits, ..], &[_, _, _, _, _, _, _, _, old_bits, ..]) = (after, words);
-    if (old_bits ^ bits) & Tcp::SEMANTIC_BITS != 0 {
-        return None;
-    }
-    Some(Steady { words: after, retrans: tcp.retrans, timeout_ms })
 }
 
 /// Begins a connection with `segment`, or says why it cannot.
@@ -928,15 +921,31 @@ pub(super) fn by_state(state: TcpState, t: &Timeouts) -> u32 {
 fn timeout(tcp: &Tcp, state: TcpState, kind: Kind, config: &TrackConfig) -> u32 {
     let t = &config.timeouts;
     let by_state = by_state(state, t);
-    if tcp.retrans >= config.tcp_max_retrans && by_state > t.tcp_max_retrans_ms {
-        t.tcp_max_retrans_ms
-    } else if kind == Kind::Rst {
+    let unacknowledged = tcp.sides.iter().any(|s| s.has(UNACKNOWLEDGED));
+    if kind == Kind::Rst && !(tcp.retrans >= config.tcp_max_retrans && by_state > t.tcp_max_retrans_ms) {
         t.tcp_close_ms
-    } else if tcp.sides.iter().any(|s| s.has(UNACKNOWLEDGED)) && by_state > t.tcp_unacknowledged_ms {
+    } else {
+        shortened(by_state, tcp.retrans, unacknowledged, tcp.last_window == 0, config)
+    }
+}
+
+/// The time-out of a state, shorter where the connection hangs.
+#[inline(always)]
+fn shortened(by_state: u32, retrans: u8, unacknowledged: bool, is_closed: bool, config: &TrackConfig) -> u32 {
+    let t = &config.timeouts;
+    if retrans >= config.tcp_max_retrans && by_state > t.tcp_max_retrans_ms {
+        t.tcp_max_retrans_ms
+    } else if unacknowledged && by_state > t.tcp_unacknowledged_ms {
         t.tcp_unacknowledged_ms
-    } else if tcp.last_window == 0 && by_state > t.tcp_max_retrans_ms {
+    } else if is_closed && by_state > t.tcp_max_retrans_ms {
         t.tcp_max_retrans_ms
     } else {
         by_state
     }
+}
+
+/// The time-out of an open connection after an acknowledgement, milliseconds. `is_closed`: it announced no window.
+#[inline(always)]
+pub(super) fn open_timeout(retrans: u8, unacknowledged: bool, is_closed: bool, config: &TrackConfig) -> u32 {
+    shortened(config.timeouts.tcp_established_ms, retrans, unacknowledged, is_closed, config)
 }
