@@ -140,12 +140,13 @@ fn steady_tcp(
         return None;
     }
     let is_reply = way == Way::Reply;
-    // The words of who sends these segments, and of who receives them.
-    let sender = [look.either::<P, { P + 2 }>(is_reply), look.either::<{ P + 1 }, { P + 3 }>(is_reply)];
-    let receiver = [look.either::<{ P + 2 }, P>(is_reply), look.either::<{ P + 3 }, { P + 1 }>(is_reply)];
+    // The words of who sends these segments, and of who receives them. Written out: iterators over them cost more than they do.
+    let (ends, windows) = (look.either::<P, { P + 2 }>(is_reply), look.either::<{ P + 1 }, { P + 3 }>(is_reply));
+    let (other_ends, other_windows) =
+        (look.either::<{ P + 2 }, P>(is_reply), look.either::<{ P + 3 }, { P + 1 }>(is_reply));
     let words = Words {
-        sender: sender.map(Word::read),
-        receiver: receiver.map(Word::read),
+        sender: [ends.read(), windows.read()],
+        receiver: [other_ends.read(), other_windows.read()],
         last: [look.word::<{ P + 4 }>(), look.word::<{ P + 5 }>()],
     };
     let mut run = Run::new(words, notes.retrans(), way)?;
@@ -164,12 +165,13 @@ fn steady_tcp(
     let traffic = look.either::<{ word::ORIGINAL }, { word::REPLY }>(is_reply);
     let sum = counted(traffic.read(), packets, bytes, dither);
     let entry = look.claim(expiry(terms.now_ms, timeout_ms))?;
-    for (word, value) in sender.into_iter().zip(after.sender).chain(receiver.into_iter().zip(after.receiver)) {
-        entry.put(word, value);
-    }
-    let [bits, last] = after.last;
-    entry.set::<{ P + 4 }>(bits);
-    entry.set::<{ P + 5 }>(last);
+    let Words { sender: [a, b], receiver: [c, d], last: [e, f] } = after;
+    entry.put(ends, a);
+    entry.put(windows, b);
+    entry.put(other_ends, c);
+    entry.put(other_windows, d);
+    entry.set::<{ P + 4 }>(e);
+    entry.set::<{ P + 5 }>(f);
     entry.put(traffic, sum);
     if retrans != notes.retrans() {
         entry.set::<{ word::NOTES }>(notes.with_retrans(retrans).0);
