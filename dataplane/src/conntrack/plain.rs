@@ -328,7 +328,7 @@ impl Plain {
         let (sum, rest) = (sum_of(head, from, at_hand), to - at_hand);
         if rest == 0 {
             // All that most short packets need: the sum in memory order, and what is not in memory, put in that order.
-            return fold(sum + u64::from(pseudo.to_be())) == 0xffff;
+            return carrying(sum, u64::from(pseudo.to_be())).is_multiple_of(0xffff);
         }
         // What was read so far is an even number of bytes: the first byte of the rest is the first of a word.
         let is_even = (at_hand - from).is_multiple_of(2);
@@ -350,15 +350,14 @@ fn rest_ok(sum: u16, pseudo: u16, is_even: bool, rest: &Body<'_>) -> bool {
     whole.is_valid()
 }
 
-/// Sum of 32-bit words in memory order of the bytes `from..to`, with zeros behind them; below 2^40.
+/// Sum of 64-bit words in memory order of the bytes `from..to`, with zeros behind them, modulo 2^64 - 1 as [`carrying`] adds.
 #[inline(always)]
 fn sum_of(head: &[u8; SNAPSHOT_BYTES], from: usize, to: usize) -> u64 {
-    let halves = |word: u64| (word & 0xffff_ffff) + (word >> 32);
     let Some(bytes) = head.get(from..to) else { return 0 };
     let (words, tail) = bytes.as_chunks::<8>();
     let mut sum = 0;
     for word in words {
-        sum += halves(u64::from_ne_bytes(*word));
+        sum = carrying(sum, u64::from_ne_bytes(*word));
     }
     if !tail.is_empty() {
         // A word that begins with the tail; what lies behind it is shifted out.
@@ -367,7 +366,15 @@ fn sum_of(head: &[u8; SNAPSHOT_BYTES], from: usize, to: usize) -> u64 {
             Some(word) => u64::from_le_bytes(*word) << (8 * (8 - tail.len())) >> (8 * (8 - tail.len())),
             None => tail.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte)),
         };
-        sum += halves(u64::from_ne_bytes(word.to_le_bytes()));
+        sum = carrying(sum, u64::from_ne_bytes(word.to_le_bytes()));
     }
     sum
+}
+
+/// The sum modulo 2^64 - 1, which 2^16 - 1 divides: what is carried out at the top comes in at the bottom.
+#[inline(always)]
+const fn carrying(a: u64, b: u64) -> u64 {
+    let (sum, carry) = a.overflowing_add(b);
+    // What is left beside a carry is at most 2^64 - 2.
+    sum.wrapping_add(carry as u64)
 }

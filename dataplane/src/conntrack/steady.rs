@@ -7,7 +7,7 @@
 use super::config::TrackConfig;
 use super::entry::{Decision, Notes, Traffic, expiry, word};
 use super::key::{Toward, Way};
-use super::map::{ConnMap, KeyWords, Likely, Look, Word};
+use super::map::{ConnMap, KeyWords, Likely, Look};
 use super::plain::{Particulars, Plain};
 use super::tcp::TcpState;
 use super::tcp_run::{Run, Words};

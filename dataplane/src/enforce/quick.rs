@@ -85,9 +85,6 @@ pub(crate) struct Quick<'a, const EGRESS: bool> {
     established: u64,
     /// The last station, and for the direction from the VM its address, that the anti-spoofing rules let pass.
     accepted: Accepted,
-    /// Entries that were changed, of which the table is still to be told: of all together, since it takes a memory fence. There are at most
-    /// as many as frames.
-    changed: ArrayVec<Likely, BURST>,
 }
 
 impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
@@ -104,7 +101,6 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
             new: 0,
             established: 0,
             accepted: Accepted::NOBODY,
-            changed: ArrayVec::new(),
         }
     }
 
@@ -180,26 +176,38 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         dither: u32,
     ) -> (usize, u64) {
         let zone = self.zone | vlan;
-        let mut passed = 0;
+        let (mut count, mut passed) = (0, 0);
         if self.verifies() && !verified {
-            return (0, passed);
+            return (count, passed);
         }
-        for (t, train) in trains.iter().enumerate() {
+        // The table is told of all changes together, since it takes a memory fence. There are at most as many trains as frames.
+        let mut changed: ArrayVec<Likely, BURST> = ArrayVec::new();
+        for train in trains {
             let frames = train.frames();
             if !train.is_plain || frames & !only != 0 || !self.is_ours(station, &train.plain) {
-                return (t, passed);
+                break;
             }
-            let Some(facts) = facts.get(usize::from(train.first)..usize::from(train.end)) else { return (t, passed) };
+            let Some(facts) = facts.get(usize::from(train.first)..usize::from(train.end)) else { break };
             let packets = self.pass_train(zone, train, facts, dither);
+            if packets != 0 {
+                let _ = changed.try_push(Self::likely(train));
+            }
             if packets != facts.len() {
                 if packets != 0 {
                     passed |= run(train.first, train.first + packets as u8);
                 }
-                return (t, passed);
+                break;
             }
             passed |= frames;
+            count += 1;
         }
-        (trains.len(), passed)
+        self.map.note_bookkeeping(&changed);
+        (count, passed)
+    }
+
+    #[inline(always)]
+    fn likely(train: &Train) -> Likely {
+        if EGRESS { train.near.likely } else { train.far.likely }
     }
 
     /// As [`Self::pass`], for those packets of one train whose facts are given. Returns how many of them, from the first on, pass.
@@ -212,10 +220,15 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         facts: &[Particulars],
         dither: u32,
     ) -> usize {
-        if facts.is_empty() || !train.is_plain || self.verifies() && !verified || !self.is_ours(station, &train.plain) {
+        let may = train.is_plain && (verified || !self.verifies()) && self.is_ours(station, &train.plain);
+        if facts.is_empty() || !may {
             return 0;
         }
-        self.pass_train(self.zone | vlan, train, facts, dither)
+        let packets = self.pass_train(self.zone | vlan, train, facts, dither);
+        if packets != 0 {
+            self.map.note_bookkeeping(&[Self::likely(train)]);
+        }
+        packets
     }
 
     #[inline(always)]
@@ -223,12 +236,11 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         // Evenly distributed, another number for each train and end.
         let dither = (u32::from(train.first) << 1 | u32::from(EGRESS)).wrapping_mul(0x9e37_79b9) ^ dither;
         let key = train.plain.key(Self::TOWARD, zone);
-        let likely = if EGRESS { train.near.likely } else { train.far.likely };
+        let likely = Self::likely(train);
         match steady(self.map, &self.terms, Self::TOWARD, &train.plain, facts, &key, likely, dither) {
             Some((packets, state)) => {
                 let counted = if state == CtState::New { &mut self.new } else { &mut self.established };
                 *counted += packets as u64;
-                let _ = self.changed.try_push(likely);
                 packets
             }
             None => 0,
@@ -241,9 +253,8 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         self.terms.config.checksum
     }
 
-    /// Counts what was let pass, and tells the table what was changed. To be called before the burst ends.
-    pub fn settle(self) {
-        self.map.note_bookkeeping(&self.changed);
+    /// Counts what was let pass. To be called at the end.
+    pub fn settle(&self) {
         if let Some(counters) = self.counters {
             counters.count_states(CtState::New, self.new);
             counters.count_states(CtState::Established, self.established);

@@ -124,8 +124,8 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         let near_verifies = near.as_ref().is_some_and(Quick::verifies);
         stretches.begin(burst, i, source.port, sender, train, |stretch| {
             let Place { link, vlan, .. } = stretch.place;
-            let output = source.bridge.fdb.lookup(vlan, link.dst, source.now_s());
-            stretch.foretold = output.filter(|&output| face(far, source, output, *thread));
+            stretch.output = source.bridge.fdb.lookup(vlan, link.dst, source.now_s());
+            stretch.foretold = stretch.output.filter(|&output| face(far, source, output, *thread));
             let far_verifies = stretch.foretold.is_some() && far.as_ref().is_some_and(|far| far.quick.verifies());
             stretch.verify = near_verifies || far_verifies;
         })
@@ -346,7 +346,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         let (source, place) = (self.source, &stretch.place);
         while *frames != 0 {
             let i = frames.trailing_zeros() as usize;
-            match look_up(source, place, i, &mut self.recent, self.sender) {
+            match look_up(source, place, stretch.output, i, &mut self.recent, self.sender) {
                 Target::None => {}
                 Target::Flood => {
                     let vouched = self.vouches();
@@ -422,11 +422,11 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         passes
     }
 
-    fn settle(self) {
-        if let Some(near) = self.near {
+    fn settle(&self) {
+        if let Some(near) = &self.near {
             near.settle();
         }
-        if let Some(far) = self.far {
+        if let Some(far) = &self.far {
             far.quick.settle();
         }
     }

@@ -198,7 +198,7 @@ impl Router {
         recent: &mut Option<Recent>,
         sender: &mut Sender,
     ) -> Option<Way> {
-        match look_up(source, place, i, recent, sender) {
+        match look_up(source, place, None, i, recent, sender) {
             Target::None => None,
             Target::Flood => {
                 self.flood(burst, source, i, place, sender);
@@ -220,7 +220,7 @@ impl Router {
         place: &Place,
         sender: &mut Sender,
     ) {
-        match look_up(source, place, i, &mut None, sender) {
+        match look_up(source, place, None, i, &mut None, sender) {
             Target::None => {}
             Target::Flood => self.flood(burst, source, i, place, sender),
             Target::Port(output) => {
@@ -399,11 +399,12 @@ fn action<T>(port: &PortEntry<T>, vlan: u16, tag: Option<VlanTag>) -> Option<Vla
     })
 }
 
-/// Learns where frame `i` came from and finds where it goes.
+/// Learns where frame `i` came from and finds where it goes. `found`: where that is, if somebody has just looked.
 #[inline]
 fn look_up<T>(
     source: &Source<'_, T>,
     place: &Place,
+    found: Option<PortId>,
     i: usize,
     recent: &mut Option<Recent>,
     sender: &mut Sender,
@@ -429,7 +430,7 @@ fn look_up<T>(
         }
         return Target::Flood;
     }
-    match fdb.lookup(vlan, dst, source.now_s()) {
+    match found.or_else(|| fdb.lookup(vlan, dst, source.now_s())) {
         Some(output) if output == ingress => {
             sender.fail(i, DropReason::SamePort);
             Target::None

@@ -68,7 +68,9 @@ pub(super) struct Stretch {
     pub place: Place,
     /// How plain packets lie in these frames, if any do.
     pub layout: Option<Layout>,
-    /// The port that the frames will probably go to, if that has a firewall.
+    /// Where the station that the frames are for was when the first of them was looked at.
+    pub output: Option<PortId>,
+    /// The same, if that port has a firewall.
     pub foretold: Option<PortId>,
     /// One of the firewalls that they will probably pass wants checksums verified.
     pub verify: bool,
@@ -81,6 +83,7 @@ impl Stretch {
         header: Header::NONE,
         place: Place::NOWHERE,
         layout: None,
+        output: None,
         foretold: None,
         verify: false,
         first_train: 0,

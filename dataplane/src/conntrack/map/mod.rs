@@ -60,7 +60,7 @@ use index::{Index, Places, Position, prefetch};
 use meta::{Meta, State, newest, next};
 use slab::{SHARDS, Slab};
 use slot::Busy;
-pub(super) use slot::{KeyWords, Look, Word};
+pub(super) use slot::{KeyWords, Look};
 use stats::Counters;
 use sync::{AtomicU32, AtomicU64, Ordering, fence, spin};
 
