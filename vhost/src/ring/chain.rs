@@ -182,12 +182,14 @@ pub(super) fn prefetch_read(at: *const u8) {
 /// Brings a cache line in, to be written.
 #[inline(always)]
 pub(super) fn prefetch_write(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
+    // Not `_mm_prefetch`: compiled for any x86-64, it would fetch the line for reading, and the store would wait for the other core all the
+    // same. Processors that do not know the instruction take it for a hint without effect.
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
     // SAFETY: prefetch has no architectural effect whatever the address.
     unsafe {
-        core::arch::x86_64::_mm_prefetch(at.cast::<i8>(), core::arch::x86_64::_MM_HINT_ET0);
+        core::arch::asm!("prefetchw [{}]", in(reg) at, options(nomem, nostack, preserves_flags));
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     let _ = at;
 }
 
