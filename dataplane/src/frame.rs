@@ -117,6 +117,9 @@ pub struct RxBurst {
     snapshots: Box<[Snapshot; BURST]>,
     segments: Vec<Segment>,
     len: usize,
+    /// Bytes of all frames, and of the longest.
+    bytes: u64,
+    longest: u32,
     /// Some frames have no snapshot yet.
     unread: bool,
     /// Some frames may owe something.
@@ -142,6 +145,8 @@ impl RxBurst {
             snapshots: Box::new([const { Snapshot([0; SNAPSHOT_BYTES]) }; BURST]),
             segments: Vec::with_capacity(BURST_SEGMENTS),
             len: 0,
+            bytes: 0,
+            longest: 0,
             unread: false,
             owing: false,
             rejected: [0; DropReason::COUNT],
@@ -154,6 +159,8 @@ impl RxBurst {
     #[inline]
     pub fn clear(&mut self) {
         self.len = 0;
+        self.bytes = 0;
+        self.longest = 0;
         self.unread = false;
         self.owing = false;
         self.segments.clear();
@@ -167,6 +174,24 @@ impl RxBurst {
     #[inline]
     pub fn len(&self) -> usize {
         self.len
+    }
+    /// Bit i: frame i is there.
+    #[inline]
+    pub fn all(&self) -> u64 {
+        if self.len >= BURST { u64::MAX } else { (1 << self.len) - 1 }
+    }
+    /// Bytes of the frames whose bit is set.
+    #[inline]
+    pub fn bytes_of(&self, frames: u64) -> u64 {
+        if frames & self.all() == self.all() {
+            return self.bytes;
+        }
+        Frames(frames).filter_map(|i| self.meta(i)).map(|meta| u64::from(meta.len)).sum()
+    }
+    /// Length of the longest frame.
+    #[inline]
+    pub fn longest(&self) -> u32 {
+        self.longest
     }
     /// True when no frame is held.
     #[inline]
@@ -242,44 +267,28 @@ impl RxBurst {
         };
         *meta = FrameMeta { len, first_segment: mark as u16, segments: count as u16, snapshot_len: 0, offload };
         self.len += 1;
+        self.bytes += u64::from(len);
+        self.longest = self.longest.max(len);
         self.unread = true;
         self.owing |= offload != Offload::default();
         true
     }
 
-    /// Adds a frame that is one piece of `len` > 0 bytes and owes nothing, and takes its snapshot. False, and nothing was added, when the
-    /// burst is full.
-    ///
-    /// # Safety
-    /// As [`Self::push_segment`].
+    /// Adds frames of one piece each.
     #[inline(always)]
-    pub unsafe fn push_frame(&mut self, addr: *const u8, len: u32) -> bool {
-        let first = self.segments.len();
-        let (Some(meta), Some(snapshot)) = (self.meta.get_mut(self.len), self.snapshots.get_mut(self.len)) else {
-            return false;
-        };
-        if first >= BURST_SEGMENTS {
-            return false;
-        }
-        let eager = (len as usize).min(SNAPSHOT_EAGER_BYTES);
-        // SAFETY: the frame has as many bytes, mapped by the caller's promise, and the snapshot has room; port memory is not private memory.
-        unsafe { copy(snapshot.0.as_mut_ptr(), addr, eager) };
-        self.segments.push(Segment { addr, len });
-        meta.len = len;
-        meta.first_segment = first as u16;
-        meta.segments = 1;
-        meta.snapshot_len = eager as u16;
-        meta.offload = Offload::default();
-        self.len += 1;
-        true
-    }
-
-    /// The last frame owes this.
-    #[inline]
-    pub fn owe(&mut self, offload: Offload) {
-        if let Some(meta) = self.len.checked_sub(1).and_then(|last| self.meta.get_mut(last)) {
-            meta.offload = offload;
-            self.owing = true;
+    pub fn fill(&mut self) -> Filler<'_> {
+        Filler {
+            metas: self.meta.as_mut_ptr(),
+            snapshots: self.snapshots.as_mut_ptr(),
+            segments: self.segments.as_mut_ptr(),
+            at: self.len,
+            first: self.len,
+            end: self.len + self.room(),
+            first_segment: self.segments.len(),
+            bytes: self.bytes,
+            longest: self.longest,
+            owing: self.owing,
+            burst: self,
         }
     }
 
@@ -414,11 +423,23 @@ impl RxBurst {
         }
     }
 
+    /// Frame `i` as it is to be sent when nothing is done to it. Without [`TxFrame::flow_hash`].
+    #[inline(always)]
+    pub fn as_received(&self, i: usize) -> Option<TxFrame<'_>> {
+        let (meta, head, body) = self.parts(i)?;
+        // Not copied where nothing can be owed: the copy would be waited for.
+        let offload = if self.owing { meta.offload } else { Offload::default() };
+        Some(TxFrame { head, body, offload, flow_hash: 0 })
+    }
+
     /// Frame `i`'s facts, its snapshot, and the bytes behind that.
     #[inline(always)]
     pub fn parts(&self, i: usize) -> Option<(&FrameMeta, &[u8], Body<'_>)> {
+        if i >= self.len {
+            return None;
+        }
         let (meta, snapshot) = (self.meta.get(i)?, self.snapshots.get(i)?);
-        let head = snapshot.0.get(..usize::from(meta.snapshot_len)).filter(|_| i < self.len)?;
+        let head = snapshot.0.get(..usize::from(meta.snapshot_len))?;
         let skip = u32::from(meta.snapshot_len);
         if skip == meta.len {
             return Some((meta, head, Body::EMPTY));
@@ -435,6 +456,109 @@ impl RxBurst {
         let first = m.first_segment as usize;
         let segments = self.segments.get(first..first + m.segments as usize).unwrap_or_default();
         Body { segments, skip: skip.min(m.len), len: m.len.saturating_sub(skip) }
+    }
+}
+
+/// Numbers of the frames whose bits are set, in order.
+#[derive(Clone, Copy, Debug)]
+pub struct Frames(pub u64);
+
+impl Iterator for Frames {
+    type Item = usize;
+    #[inline(always)]
+    fn next(&mut self) -> Option<usize> {
+        if self.0 == 0 {
+            return None;
+        }
+        let i = self.0.trailing_zeros() as usize;
+        self.0 &= self.0 - 1;
+        Some(i)
+    }
+}
+
+/// Adds frames of one piece each to a burst, with their snapshots; the burst has them when this is dropped. Where the next one goes stays in
+/// registers meanwhile.
+pub struct Filler<'a> {
+    burst: &'a mut RxBurst,
+    /// The burst's arrays, of [`BURST`], [`BURST`] and [`BURST_SEGMENTS`].
+    metas: *mut FrameMeta,
+    snapshots: *mut Snapshot,
+    segments: *mut Segment,
+    /// Number of the next frame; that of the first one added; and at most so many.
+    at: usize,
+    first: usize,
+    end: usize,
+    /// Number of the first one's segment.
+    first_segment: usize,
+    bytes: u64,
+    longest: u32,
+    owing: bool,
+}
+
+impl Filler<'_> {
+    /// How many more frames fit.
+    #[inline(always)]
+    pub fn room(&self) -> usize {
+        self.end - self.at
+    }
+
+    /// How many were added.
+    #[inline(always)]
+    pub fn added(&self) -> usize {
+        self.at - self.first
+    }
+
+    /// Adds a frame of `len` > 0 bytes that owes nothing.
+    ///
+    /// # Safety
+    /// There is [`Self::room`], and `addr..addr+len` stays mapped and readable until the burst is cleared (it may be written by others
+    /// meanwhile).
+    #[inline(always)]
+    pub unsafe fn push(&mut self, addr: *const u8, len: u32) {
+        let segment = self.first_segment + self.added();
+        debug_assert!(self.at < self.end && self.end <= BURST && segment < BURST_SEGMENTS);
+        let eager = (len as usize).min(SNAPSHOT_EAGER_BYTES);
+        // SAFETY: there is room by contract: `at` is below BURST and `segment` below BURST_SEGMENTS, the vector's capacity. The frame has
+        // `eager` bytes, mapped by contract, and the snapshot has room; port memory is not private memory.
+        unsafe {
+            copy(self.snapshots.add(self.at).cast(), addr, eager);
+            self.segments.add(segment).write(Segment { addr, len });
+            self.metas.add(self.at).write(FrameMeta {
+                len,
+                first_segment: segment as u16,
+                segments: 1,
+                offload: Offload::default(),
+                snapshot_len: eager as u16,
+            });
+        }
+        self.at += 1;
+        self.bytes += u64::from(len);
+        self.longest = self.longest.max(len);
+    }
+
+    /// The frame added last owes this.
+    ///
+    /// # Safety
+    /// One was added.
+    #[inline(always)]
+    pub unsafe fn owe(&mut self, offload: Offload) {
+        // SAFETY: by contract the place is one that was filled.
+        unsafe { (*self.metas.add(self.at - 1)).offload = offload };
+        self.owing = true;
+    }
+}
+
+impl Drop for Filler<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        let segments = self.first_segment + self.added();
+        let burst = &mut *self.burst;
+        // SAFETY: `push` wrote all segments up to this one, which is within the capacity.
+        unsafe { burst.segments.set_len(segments) };
+        burst.len = self.at;
+        burst.bytes = self.bytes;
+        burst.longest = self.longest;
+        burst.owing = self.owing;
     }
 }
 
