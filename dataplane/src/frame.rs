@@ -669,3 +669,79 @@ impl TxFrame<'_> {
         self.len() == 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_the_bits_in_order() {
+        assert_eq!(Frames(0).next(), None);
+        assert_eq!(Frames(1 | 1 << 7 | 1 << 63).collect::<Vec<_>>(), [0, 7, 63]);
+        assert_eq!(Frames(u64::MAX).collect::<Vec<_>>(), (0..64).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_filler_and_the_long_way_make_the_same_burst() {
+        let bytes: Vec<u8> = (0..9100u32).map(|i| (i * 7 + i / 256) as u8).collect();
+        let owed = Offload { needs_csum: true, csum_start: 14, csum_offset: 6, ..Offload::default() };
+        let mut burst = RxBurst::new();
+        for round in 0..3 {
+            burst.clear();
+            let mut lens = Vec::new();
+            for part in 0..4 {
+                // A frame of two pieces stands between those that are filled in.
+                let mark = burst.segment_mark();
+                for piece in [&bytes[..20], &bytes[20..1300]] {
+                    // SAFETY: the bytes outlive the burst's use of them.
+                    unsafe { burst.push_segment(piece.as_ptr(), piece.len() as u32) };
+                }
+                assert!(burst.finish_frame(mark, Offload::default()));
+                lens.push(1300);
+                let before = burst.len();
+                let mut filler = burst.fill();
+                for len in [14, 60, 64, 65, 115, 116, 117, 1514, 9100] {
+                    if filler.room() == 0 {
+                        break;
+                    }
+                    // SAFETY: as above; there is room, and one was added.
+                    unsafe {
+                        filler.push(bytes.as_ptr(), len);
+                        if round == 1 && len == 64 {
+                            filler.owe(owed);
+                        }
+                    }
+                    lens.push(len);
+                }
+                let added = filler.added();
+                drop(filler);
+                assert_eq!(burst.len(), before + added, "part {part}");
+            }
+            assert_eq!((burst.len(), burst.is_owing()), (lens.len(), round == 1));
+            burst.take_snapshots();
+            assert_eq!(burst.longest(), 9100);
+            assert_eq!(burst.bytes_of(u64::MAX), lens.iter().map(|&len| u64::from(len)).sum::<u64>());
+            assert_eq!(burst.bytes_of(0b101), u64::from(lens[0] + lens[2]));
+            assert_eq!(burst.all().count_ones() as usize, lens.len());
+            for (i, &len) in lens.iter().enumerate() {
+                let eager = (len as usize).min(SNAPSHOT_EAGER_BYTES);
+                assert_eq!(burst.snapshot(i), &bytes[..eager], "frame {i}");
+                let frame = burst.as_received(i).unwrap();
+                assert_eq!((frame.head.len(), frame.len()), (eager, len));
+                let mut rest = vec![0; len as usize - eager];
+                assert_eq!(frame.body.read(&mut rest), rest.len());
+                assert_eq!(rest, bytes[eager..len as usize], "frame {i}");
+                assert_eq!(frame.offload == owed, round == 1 && len == 64, "frame {i}");
+            }
+            assert!(burst.as_received(lens.len()).is_none());
+        }
+        let mut filler = burst.fill();
+        while filler.room() > 0 {
+            // SAFETY: as above.
+            unsafe { filler.push(bytes.as_ptr(), 60) };
+        }
+        drop(filler);
+        assert!(burst.is_full() && burst.all() == u64::MAX);
+        assert_eq!(burst.fill().room(), 0);
+    }
+}

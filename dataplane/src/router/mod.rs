@@ -430,11 +430,10 @@ fn look_up<T>(
 /// Addresses and EtherType of a frame of which `head` has the first `have` bytes, if it is an untagged one.
 #[inline(always)]
 fn untagged(head: &[u8; SNAPSHOT_BYTES], have: usize) -> Option<(Link, EtherType)> {
-    let &[a, b, c, d, e, f, g, h, s, t, u, v, x, y, ..] = head;
-    let first = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
-    let ethertype = EtherType(u16::from_be_bytes([x, y]));
-    let src = first << 32 | u64::from(u32::from_be_bytes([s, t, u, v]));
-    let link = Link { dst: MacAddr::from_u64(first >> 16), src: MacAddr::from_u64(src) };
+    let (first, second) = start(head);
+    let (first, second) = (u64::from_be(first), u64::from_be(second));
+    let ethertype = EtherType(second as u16);
+    let link = Link { dst: MacAddr::from_u64(first >> 16), src: MacAddr::from_u64(second >> 16) };
     (have >= ethernet::HEADER_BYTES && Tpid::from_ethertype(ethertype).is_none()).then_some((link, ethertype))
 }
 
@@ -471,8 +470,9 @@ type Start = (u64, u64);
 
 #[inline(always)]
 fn start(head: &[u8; SNAPSHOT_BYTES]) -> Start {
-    let &[a, b, c, d, e, f, g, h, s, t, u, v, x, y, ..] = head;
-    (u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u64::from_ne_bytes([g, h, s, t, u, v, x, y]))
+    // Taken byte by byte, they would also be loaded so.
+    let word = |at: usize| head.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |word| u64::from_ne_bytes(*word));
+    (word(0), word(6))
 }
 
 /// The frame that begins with these bytes is untagged, and its addresses are those of the leader, which is untagged as well.
@@ -489,14 +489,13 @@ fn follows(leader: Start, head: &[u8; SNAPSHOT_BYTES], have: usize) -> bool {
 #[inline(never)]
 fn untagged_alike(leader: Start, head: &[u8; SNAPSHOT_BYTES], have: usize) -> bool {
     // Without the EtherType.
-    let six = |(_, word): Start| word.to_ne_bytes().first_chunk::<6>().copied();
-    untagged(head, have).is_some() && six(start(head)) == six(leader)
+    let source = |(_, word): Start| u64::from_be(word) >> 16;
+    untagged(head, have).is_some() && source(start(head)) == source(leader)
 }
 
 /// All that an untagged frame is owed is the checksum of a plain packet.
 fn owes_only_checksum(head: &[u8; SNAPSHOT_BYTES], meta: &mut FrameMeta) -> bool {
-    let &[_, _, _, _, _, _, _, _, _, _, _, _, x, y, ..] = head;
-    let ethertype = EtherType(u16::from_be_bytes([x, y]));
+    let ethertype = EtherType(u64::from_be(start(head).1) as u16);
     let mut plain = Plain::default();
     let (have, len) = (usize::from(meta.snapshot_len), meta.len as usize);
     plain.read(head, have, len, ethernet::HEADER_BYTES, ethertype) == Reading::Plain && accept_checksum(meta, &plain)

@@ -118,6 +118,14 @@ pub(crate) struct Slots {
     first: u64,
 }
 
+/// Flags of the next round, in which AVAIL and USED are what they were not. A call, so that a loop over descriptors has a branch that is hardly
+/// ever taken, instead of work for each of them.
+#[cold]
+#[inline(never)]
+fn other_round(flags: u16) -> u16 {
+    flags ^ (AVAIL | USED)
+}
+
 impl Slots {
     /// Writes one for a chain that occupies `slots`.
     #[inline(always)]
@@ -142,7 +150,7 @@ impl Slots {
         self.at += 16 * slots;
         if self.at >= self.end {
             self.at -= self.end;
-            self.wrap ^= AVAIL | USED;
+            self.wrap = other_round(self.wrap);
         }
     }
 
@@ -166,22 +174,22 @@ unsafe impl Send for Packed {}
 
 impl Descriptors {
     #[inline(always)]
-    fn desc_ptr(&self, index: u16) -> *mut u8 {
-        debug_assert!(index < self.size);
+    fn desc_ptr(&self, index: usize) -> *mut u8 {
+        debug_assert!(index < usize::from(self.size));
         // SAFETY: positions stay below size, so the descriptor lies in the ring.
-        unsafe { self.desc.add(16 * usize::from(index)) }
+        unsafe { self.desc.add(16 * index) }
     }
 
     /// The descriptor's address.
     #[inline(always)]
-    fn first(&self, index: u16) -> u64 {
+    fn first(&self, index: usize) -> u64 {
         // SAFETY: inside the ring and 16-aligned.
         u64::from_le(unsafe { AtomicU64::from_ptr(self.desc_ptr(index).cast()) }.load(Ordering::Relaxed))
     }
 
     /// Its length, id and flags, in one load; acquire: the address is read after them (2.8.21.2).
     #[inline(always)]
-    fn second(&self, index: u16) -> u64 {
+    fn second(&self, index: usize) -> u64 {
         // SAFETY: inside the ring and 16-aligned.
         u64::from_le(unsafe { AtomicU64::from_ptr(self.desc_ptr(index).add(LEN).cast()) }.load(Ordering::Acquire))
     }
@@ -189,12 +197,13 @@ impl Descriptors {
     /// The descriptor at `at`, if it is available: 2.8.1: AVAIL equals the wrap counter and USED does not.
     #[inline(always)]
     fn available(&self, at: Position) -> Option<Words> {
-        let second = self.second(at.index);
+        let index = usize::from(at.index);
+        let second = self.second(index);
         let flags = (second >> 48) as u16;
         if (flags & AVAIL != 0) != at.wrap || (flags & USED != 0) == at.wrap {
             return None;
         }
-        Some(Words(self.first(at.index), second))
+        Some(Words(self.first(index), second))
     }
 
     /// Fetches the beginnings of the buffers of `count` descriptors, as far as they are available, from `at` on.
@@ -305,7 +314,7 @@ impl Packed {
             place = place.add(1, self.ring.size);
             // 2.8.8: the driver writes the head's flags last, so that the whole chain is there.
             // SAFETY: place is inside the ring.
-            words = unsafe { Words::read(self.ring.desc_ptr(place.index)) };
+            words = unsafe { Words::read(self.ring.desc_ptr(usize::from(place.index))) };
         }
     }
 }
@@ -354,17 +363,17 @@ impl Format for Packed {
         let mut at = self.next_avail.add(have, ring.size);
         // What the flags of an available descriptor without company are in this round (2.8.1).
         let mut simple = direction | if at.wrap { AVAIL } else { USED };
-        let mut index = u32::from(at.index);
+        let (mut index, end) = (usize::from(at.index), usize::from(ring.size));
         let mut staged = 0;
         let mut stopped = false;
         let places = self.stage.room().get_mut(..usize::from(count - have)).unwrap_or_default();
         for place in places {
-            let second = ring.second(index as u16);
+            let second = ring.second(index);
             if (second >> 48) as u16 & (AVAIL | USED | NEXT | INDIRECT | WRITE) != simple {
                 stopped = true;
                 break;
             }
-            let (gpa, len) = (ring.first(index as u16), second as u32);
+            let (gpa, len) = (ring.first(index), second as u32);
             let Some(addr) = chain::one::<S>(core, &mut view, gpa, len) else {
                 stopped = true;
                 break;
@@ -372,9 +381,9 @@ impl Format for Packed {
             *place = One { id: (second >> 32) as u32 & 0xffff, len, addr, gpa };
             staged += 1;
             index += 1;
-            if index == u32::from(ring.size) {
+            if index == end {
                 index = 0;
-                simple ^= AVAIL | USED;
+                simple = other_round(simple);
             }
         }
         self.stage.add(staged);
@@ -484,7 +493,7 @@ impl Format for Packed {
         }
         // Everything else of the batch is visible before the first flags are (2.8.22).
         // SAFETY: positions stay below size, so the descriptor lies in the ring.
-        unsafe { store(self.ring.desc_ptr(old.index), self.first) };
+        unsafe { store(self.ring.desc_ptr(usize::from(old.index)), self.first) };
         // Marked before it was written, if there were so many writes that some were marked on the way.
         core.log_desc(16 * u64::from(old.index) + LEN as u64, 8);
         self.published = new;
