@@ -101,6 +101,13 @@ impl TxPort for AnyTx {
         }
     }
     #[inline]
+    fn send_received(&self, guard: &Guard, lane: usize, burst: &RxBurst, frames: u64, report: &mut TxReport) {
+        match self {
+            AnyTx::Vhost(q) => q.send_received(guard, lane, burst, frames, report),
+            AnyTx::Ethdev(q) => q.send_received(guard, lane, burst, frames, report),
+        }
+    }
+    #[inline]
     fn flush(&self, guard: &Guard, lane: usize) {
         match self {
             AnyTx::Vhost(q) => q.flush(guard, lane),

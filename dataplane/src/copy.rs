@@ -10,12 +10,17 @@ pub unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the contract is the caller's; each helper is given a length in its range.
     unsafe {
-        match len {
-            0..=15 => short(dst, src, len),
-            16..=32 => x86::ends::<1>(dst, src, len),
-            33..=64 => x86::ends::<2>(dst, src, len),
-            65..=128 => x86::ends::<4>(dst, src, len),
-            _ => x86::long(dst, src, len),
+        // Ordered by how often frames have such lengths.
+        if (33..=64).contains(&len) {
+            x86::two_to_four(dst, src, len);
+        } else if (65..=128).contains(&len) {
+            x86::four_to_eight(dst, src, len);
+        } else if len > 128 {
+            x86::long(dst, src, len);
+        } else if len >= 16 {
+            x86::one_or_two(dst, src, len);
+        } else {
+            short(dst, src, len);
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -60,25 +65,26 @@ mod x86 {
         _mm512_loadu_si512, _mm512_storeu_si512,
     };
 
-    /// `N` 16-byte words from the start and as many from the end. SSE2 is part of x86-64.
-    ///
-    /// # Safety
-    /// As `copy`, with `16 * N <= len <= 32 * N`.
-    #[inline(always)]
-    pub(super) unsafe fn ends<const N: usize>(dst: *mut u8, src: *const u8, len: usize) {
-        let last = len - 16 * N;
-        // SAFETY: all offsets stay within len. All loads come before the first store.
-        unsafe {
-            let head: [__m128i; N] = core::array::from_fn(|i| _mm_loadu_si128(src.add(16 * i).cast()));
-            let tail: [__m128i; N] = core::array::from_fn(|i| _mm_loadu_si128(src.add(last + 16 * i).cast()));
-            for (i, v) in head.into_iter().enumerate() {
-                _mm_storeu_si128(dst.add(16 * i).cast(), v);
+    /// Words of 16 bytes from the start and from the end, in registers: all loads come before the first store. SSE2 is part of x86-64.
+    macro_rules! ends {
+        ($name:ident, $words:literal, $($at:literal $head:ident $tail:ident),*) => {
+            #[doc = concat!("# Safety\nAs `copy`, with `16 * ", $words, " <= len <= 32 * ", $words, "`.")]
+            #[inline(always)]
+            pub(super) unsafe fn $name(dst: *mut u8, src: *const u8, len: usize) {
+                let last = len - 16 * $words;
+                // SAFETY: all offsets stay within len.
+                unsafe {
+                    $(let $head: __m128i = _mm_loadu_si128(src.add($at).cast());)*
+                    $(let $tail: __m128i = _mm_loadu_si128(src.add(last + $at).cast());)*
+                    $(_mm_storeu_si128(dst.add($at).cast(), $head);)*
+                    $(_mm_storeu_si128(dst.add(last + $at).cast(), $tail);)*
+                }
             }
-            for (i, v) in tail.into_iter().enumerate() {
-                _mm_storeu_si128(dst.add(last + 16 * i).cast(), v);
-            }
-        }
+        };
     }
+    ends!(one_or_two, 1, 0 a b);
+    ends!(two_to_four, 2, 0 a b, 16 c d);
+    ends!(four_to_eight, 4, 0 a b, 16 c d, 32 e f, 48 g h);
 
     /// More than 128 bytes.
     ///

@@ -117,6 +117,9 @@ pub struct RxBurst {
     snapshots: Box<[Snapshot; BURST]>,
     segments: Vec<Segment>,
     len: usize,
+    /// Bytes of all frames, and of the longest.
+    bytes: u64,
+    longest: u32,
     /// Some frames have no snapshot yet.
     unread: bool,
     /// Some frames may owe something.
@@ -142,6 +145,8 @@ impl RxBurst {
             snapshots: Box::new([const { Snapshot([0; SNAPSHOT_BYTES]) }; BURST]),
             segments: Vec::with_capacity(BURST_SEGMENTS),
             len: 0,
+            bytes: 0,
+            longest: 0,
             unread: false,
             owing: false,
             rejected: [0; DropReason::COUNT],
@@ -154,6 +159,8 @@ impl RxBurst {
     #[inline]
     pub fn clear(&mut self) {
         self.len = 0;
+        self.bytes = 0;
+        self.longest = 0;
         self.unread = false;
         self.owing = false;
         self.segments.clear();
@@ -167,6 +174,24 @@ impl RxBurst {
     #[inline]
     pub fn len(&self) -> usize {
         self.len
+    }
+    /// Bit i: frame i is there.
+    #[inline]
+    pub fn all(&self) -> u64 {
+        if self.len >= BURST { u64::MAX } else { (1 << self.len) - 1 }
+    }
+    /// Bytes of the frames whose bit is set.
+    #[inline]
+    pub fn bytes_of(&self, frames: u64) -> u64 {
+        if frames & self.all() == self.all() {
+            return self.bytes;
+        }
+        Frames(frames).filter_map(|i| self.meta(i)).map(|meta| u64::from(meta.len)).sum()
+    }
+    /// Length of the longest frame.
+    #[inline]
+    pub fn longest(&self) -> u32 {
+        self.longest
     }
     /// True when no frame is held.
     #[inline]
@@ -242,44 +267,28 @@ impl RxBurst {
         };
         *meta = FrameMeta { len, first_segment: mark as u16, segments: count as u16, snapshot_len: 0, offload };
         self.len += 1;
+        self.bytes += u64::from(len);
+        self.longest = self.longest.max(len);
         self.unread = true;
         self.owing |= offload != Offload::default();
         true
     }
 
-    /// Adds a frame that is one piece of `len` > 0 bytes and owes nothing, and takes its snapshot. False, and nothing was added, when the
-    /// burst is full.
-    ///
-    /// # Safety
-    /// As [`Self::push_segment`].
+    /// Adds frames of one piece each.
     #[inline(always)]
-    pub unsafe fn push_frame(&mut self, addr: *const u8, len: u32) -> bool {
-        let first = self.segments.len();
-        let (Some(meta), Some(snapshot)) = (self.meta.get_mut(self.len), self.snapshots.get_mut(self.len)) else {
-            return false;
-        };
-        if first >= BURST_SEGMENTS {
-            return false;
-        }
-        let eager = (len as usize).min(SNAPSHOT_EAGER_BYTES);
-        // SAFETY: the frame has as many bytes, mapped by the caller's promise, and the snapshot has room; port memory is not private memory.
-        unsafe { copy(snapshot.0.as_mut_ptr(), addr, eager) };
-        self.segments.push(Segment { addr, len });
-        meta.len = len;
-        meta.first_segment = first as u16;
-        meta.segments = 1;
-        meta.snapshot_len = eager as u16;
-        meta.offload = Offload::default();
-        self.len += 1;
-        true
-    }
-
-    /// The last frame owes this.
-    #[inline]
-    pub fn owe(&mut self, offload: Offload) {
-        if let Some(meta) = self.len.checked_sub(1).and_then(|last| self.meta.get_mut(last)) {
-            meta.offload = offload;
-            self.owing = true;
+    pub fn fill(&mut self) -> Filler<'_> {
+        Filler {
+            metas: self.meta.as_mut_ptr(),
+            snapshots: self.snapshots.as_mut_ptr(),
+            segments: self.segments.as_mut_ptr(),
+            at: self.len,
+            first: self.len,
+            end: self.len + self.room(),
+            first_segment: self.segments.len(),
+            bytes: self.bytes,
+            longest: self.longest,
+            owing: self.owing,
+            burst: self,
         }
     }
 
@@ -427,11 +436,23 @@ impl RxBurst {
         (metas.iter_mut().zip(snapshots.iter().map(|snapshot| &snapshot.0)), Segments(&self.segments))
     }
 
+    /// Frame `i` as it is to be sent when nothing is done to it. Without [`TxFrame::flow_hash`].
+    #[inline(always)]
+    pub fn as_received(&self, i: usize) -> Option<TxFrame<'_>> {
+        let (meta, head, body) = self.parts(i)?;
+        // Not copied where nothing can be owed: the copy would be waited for.
+        let offload = if self.owing { meta.offload } else { Offload::default() };
+        Some(TxFrame { head, body, offload, flow_hash: 0 })
+    }
+
     /// Frame `i`'s facts, its snapshot, and the bytes behind that.
     #[inline(always)]
     pub fn parts(&self, i: usize) -> Option<(&FrameMeta, &[u8], Body<'_>)> {
+        if i >= self.len {
+            return None;
+        }
         let (meta, snapshot) = (self.meta.get(i)?, self.snapshots.get(i)?);
-        let head = snapshot.0.get(..usize::from(meta.snapshot_len)).filter(|_| i < self.len)?;
+        let head = snapshot.0.get(..usize::from(meta.snapshot_len))?;
         let skip = u32::from(meta.snapshot_len);
         if skip == meta.len {
             return Some((meta, head, Body::EMPTY));
@@ -461,6 +482,109 @@ impl<'a> Segments<'a> {
         let (first, skip) = (usize::from(meta.first_segment), u32::from(meta.snapshot_len));
         let segments = self.0.get(first..first + usize::from(meta.segments)).unwrap_or_default();
         Body { segments, skip, len: meta.len.saturating_sub(skip) }
+    }
+}
+
+/// Numbers of the frames whose bits are set, in order.
+#[derive(Clone, Copy, Debug)]
+pub struct Frames(pub u64);
+
+impl Iterator for Frames {
+    type Item = usize;
+    #[inline(always)]
+    fn next(&mut self) -> Option<usize> {
+        if self.0 == 0 {
+            return None;
+        }
+        let i = self.0.trailing_zeros() as usize;
+        self.0 &= self.0 - 1;
+        Some(i)
+    }
+}
+
+/// Adds frames of one piece each to a burst, with their snapshots; the burst has them when this is dropped. Where the next one goes stays in
+/// registers meanwhile.
+pub struct Filler<'a> {
+    burst: &'a mut RxBurst,
+    /// The burst's arrays, of [`BURST`], [`BURST`] and [`BURST_SEGMENTS`].
+    metas: *mut FrameMeta,
+    snapshots: *mut Snapshot,
+    segments: *mut Segment,
+    /// Number of the next frame; that of the first one added; and at most so many.
+    at: usize,
+    first: usize,
+    end: usize,
+    /// Number of the first one's segment.
+    first_segment: usize,
+    bytes: u64,
+    longest: u32,
+    owing: bool,
+}
+
+impl Filler<'_> {
+    /// How many more frames fit.
+    #[inline(always)]
+    pub fn room(&self) -> usize {
+        self.end - self.at
+    }
+
+    /// How many were added.
+    #[inline(always)]
+    pub fn added(&self) -> usize {
+        self.at - self.first
+    }
+
+    /// Adds a frame of `len` > 0 bytes that owes nothing.
+    ///
+    /// # Safety
+    /// There is [`Self::room`], and `addr..addr+len` stays mapped and readable until the burst is cleared (it may be written by others
+    /// meanwhile).
+    #[inline(always)]
+    pub unsafe fn push(&mut self, addr: *const u8, len: u32) {
+        let segment = self.first_segment + self.added();
+        debug_assert!(self.at < self.end && self.end <= BURST && segment < BURST_SEGMENTS);
+        let eager = (len as usize).min(SNAPSHOT_EAGER_BYTES);
+        // SAFETY: there is room by contract: `at` is below BURST and `segment` below BURST_SEGMENTS, the vector's capacity. The frame has
+        // `eager` bytes, mapped by contract, and the snapshot has room; port memory is not private memory.
+        unsafe {
+            copy(self.snapshots.add(self.at).cast(), addr, eager);
+            self.segments.add(segment).write(Segment { addr, len });
+            self.metas.add(self.at).write(FrameMeta {
+                len,
+                first_segment: segment as u16,
+                segments: 1,
+                offload: Offload::default(),
+                snapshot_len: eager as u16,
+            });
+        }
+        self.at += 1;
+        self.bytes += u64::from(len);
+        self.longest = self.longest.max(len);
+    }
+
+    /// The frame added last owes this.
+    ///
+    /// # Safety
+    /// One was added.
+    #[inline(always)]
+    pub unsafe fn owe(&mut self, offload: Offload) {
+        // SAFETY: by contract the place is one that was filled.
+        unsafe { (*self.metas.add(self.at - 1)).offload = offload };
+        self.owing = true;
+    }
+}
+
+impl Drop for Filler<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        let segments = self.first_segment + self.added();
+        let burst = &mut *self.burst;
+        // SAFETY: `push` wrote all segments up to this one, which is within the capacity.
+        unsafe { burst.segments.set_len(segments) };
+        burst.len = self.at;
+        burst.bytes = self.bytes;
+        burst.longest = self.longest;
+        burst.owing = self.owing;
     }
 }
 
@@ -569,5 +693,81 @@ impl TxFrame<'_> {
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_the_bits_in_order() {
+        assert_eq!(Frames(0).next(), None);
+        assert_eq!(Frames(1 | 1 << 7 | 1 << 63).collect::<Vec<_>>(), [0, 7, 63]);
+        assert_eq!(Frames(u64::MAX).collect::<Vec<_>>(), (0..64).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_filler_and_the_long_way_make_the_same_burst() {
+        let bytes: Vec<u8> = (0..9100u32).map(|i| (i * 7 + i / 256) as u8).collect();
+        let owed = Offload { needs_csum: true, csum_start: 14, csum_offset: 6, ..Offload::default() };
+        let mut burst = RxBurst::new();
+        for round in 0..3 {
+            burst.clear();
+            let mut lens = Vec::new();
+            for part in 0..4 {
+                // A frame of two pieces stands between those that are filled in.
+                let mark = burst.segment_mark();
+                for piece in [&bytes[..20], &bytes[20..1300]] {
+                    // SAFETY: the bytes outlive the burst's use of them.
+                    unsafe { burst.push_segment(piece.as_ptr(), piece.len() as u32) };
+                }
+                assert!(burst.finish_frame(mark, Offload::default()));
+                lens.push(1300);
+                let before = burst.len();
+                let mut filler = burst.fill();
+                for len in [14, 60, 64, 65, 115, 116, 117, 1514, 9100] {
+                    if filler.room() == 0 {
+                        break;
+                    }
+                    // SAFETY: as above; there is room, and one was added.
+                    unsafe {
+                        filler.push(bytes.as_ptr(), len);
+                        if round == 1 && len == 64 {
+                            filler.owe(owed);
+                        }
+                    }
+                    lens.push(len);
+                }
+                let added = filler.added();
+                drop(filler);
+                assert_eq!(burst.len(), before + added, "part {part}");
+            }
+            assert_eq!((burst.len(), burst.is_owing()), (lens.len(), round == 1));
+            burst.take_snapshots();
+            assert_eq!(burst.longest(), 9100);
+            assert_eq!(burst.bytes_of(u64::MAX), lens.iter().map(|&len| u64::from(len)).sum::<u64>());
+            assert_eq!(burst.bytes_of(0b101), u64::from(lens[0] + lens[2]));
+            assert_eq!(burst.all().count_ones() as usize, lens.len());
+            for (i, &len) in lens.iter().enumerate() {
+                let eager = (len as usize).min(SNAPSHOT_EAGER_BYTES);
+                assert_eq!(burst.snapshot(i), &bytes[..eager], "frame {i}");
+                let frame = burst.as_received(i).unwrap();
+                assert_eq!((frame.head.len(), frame.len()), (eager, len));
+                let mut rest = vec![0; len as usize - eager];
+                assert_eq!(frame.body.read(&mut rest), rest.len());
+                assert_eq!(rest, bytes[eager..len as usize], "frame {i}");
+                assert_eq!(frame.offload == owed, round == 1 && len == 64, "frame {i}");
+            }
+            assert!(burst.as_received(lens.len()).is_none());
+        }
+        let mut filler = burst.fill();
+        while filler.room() > 0 {
+            // SAFETY: as above.
+            unsafe { filler.push(bytes.as_ptr(), 60) };
+        }
+        drop(filler);
+        assert!(burst.is_full() && burst.all() == u64::MAX);
+        assert_eq!(burst.fill().room(), 0);
     }
 }

@@ -5,7 +5,7 @@ use arrayvec::ArrayVec;
 use crate::bridge::fdb::PortId;
 use crate::bridge::{Forwarding, PortEntry};
 use crate::counters::{DropReason, RxLedger, TxLedger};
-use crate::frame::{BURST, FrameMeta, Gso, MAX_FRAME_BYTES, Offload, RxBurst, TxFrame};
+use crate::frame::{BURST, FrameMeta, Frames, Gso, MAX_FRAME_BYTES, Offload, RxBurst, TxFrame};
 use crate::offload::{REWRITE_BYTES, Segment, SegmentChecksum, Segmenter, VlanAction, finish_checksum, rewrite_l2};
 use crate::packet;
 use crate::port::{TxCapabilities, TxPort, TxReport};
@@ -16,15 +16,18 @@ use crate::qsbr::Guard;
 #[derive(Clone)]
 struct Head([u8; REWRITE_BYTES]);
 
-/// Frames of the current burst that go to one output, in order.
+/// Frames of the current burst that go to one output, in their order in the burst.
 pub struct Batch {
-    len: u8,
-    items: [(u8, VlanAction); BURST],
+    /// Bit i: frame i.
+    frames: u64,
+    /// Bit i: something is done to frame i's tags, namely that action.
+    edited: u64,
+    actions: [VlanAction; BURST],
 }
 
 impl Default for Batch {
     fn default() -> Self {
-        Self { len: 0, items: [(0, VlanAction::Keep); BURST] }
+        Self { frames: 0, edited: 0, actions: [VlanAction::Keep; BURST] }
     }
 }
 
@@ -32,31 +35,42 @@ impl Batch {
     /// True when nothing was added.
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.frames == 0
     }
-    /// Adds frame `i` of the burst; each frame goes at most once to an output, so there is always room.
-    #[inline]
-    pub fn push(&mut self, i: usize, action: VlanAction) {
-        if let Some(slot) = self.items.get_mut(usize::from(self.len)) {
-            *slot = (i as u8, action);
-            self.len += 1;
-        }
-    }
-    /// Adds the frames `from..to` of the burst.
-    #[inline]
+    /// Adds the frames `from..to` of the burst; each frame goes at most once to an output.
+    #[inline(always)]
     pub fn push_run(&mut self, from: usize, to: usize, action: VlanAction) {
-        let len = usize::from(self.len);
-        let count = to.saturating_sub(from);
-        let Some(slots) = self.items.get_mut(len..len + count) else { return };
-        for (i, slot) in (from..to).zip(slots) {
-            *slot = (i as u8, action);
+        let run = below(to) & !below(from);
+        self.frames |= run;
+        if action != VlanAction::Keep {
+            self.edit(from, to, action);
         }
-        self.len += count as u8;
+    }
+    #[inline(never)]
+    fn edit(&mut self, from: usize, to: usize, action: VlanAction) {
+        self.edited |= below(to) & !below(from);
+        if let Some(actions) = self.actions.get_mut(from..to) {
+            actions.fill(action);
+        }
     }
     #[inline]
-    fn items(&self) -> &[(u8, VlanAction)] {
-        self.items.get(..usize::from(self.len)).unwrap_or_default()
+    fn action(&self, i: usize) -> VlanAction {
+        if self.edited >> (i % BURST) & 1 == 0 {
+            return VlanAction::Keep;
+        }
+        self.actions.get(i).copied().unwrap_or(VlanAction::Keep)
     }
+    #[inline]
+    fn clear(&mut self) {
+        self.frames = 0;
+        self.edited = 0;
+    }
+}
+
+/// The bits below `i`.
+#[inline(always)]
+fn below(i: usize) -> u64 {
+    if i < BURST { (1 << i) - 1 } else { u64::MAX }
 }
 
 /// How one frame of a batch is to be sent.
@@ -139,9 +153,9 @@ impl Sender {
         for &output in active.iter() {
             let Some(batch) = batches.get_mut(usize::from(output)) else { continue };
             if let Some(port) = forwarding.port(output) {
-                self.send_batch(guard, burst, port, batch.items());
+                self.send_batch(guard, burst, port, batch);
             }
-            batch.len = 0;
+            batch.clear();
         }
         active.clear();
     }
@@ -149,23 +163,15 @@ impl Sender {
     /// Counts the burst: every frame under exactly one heading.
     #[inline]
     pub(crate) fn settle(&mut self, burst: &RxBurst, ledger: &RxLedger) {
-        let n = burst.len();
-        let mask = if n >= 64 { u64::MAX } else { (1u64 << n) - 1 };
-        let mut bytes = 0u64;
-        for i in 0..n {
-            bytes += burst.meta(i).map_or(0, |m| u64::from(m.len));
-        }
+        let mask = burst.all();
         let delivered = self.delivered & mask;
-        let mut frames = n as u64;
+        let mut frames = burst.len() as u64;
         ledger.forwarded.add(u64::from(delivered.count_ones()));
         let held = self.held & mask & !delivered;
         if held != 0 {
             ledger.held.add(u64::from(held.count_ones()));
         }
-        let mut lost = mask & !delivered & !held;
-        while lost != 0 {
-            let i = lost.trailing_zeros() as usize;
-            lost &= lost - 1;
+        for i in Frames(mask & !delivered & !held) {
             let reason = self.reasons.get(i).copied().unwrap_or(DropReason::NoDestination);
             ledger.drop_frames(reason, 1);
         }
@@ -178,22 +184,16 @@ impl Sender {
             }
         }
         ledger.frames.add(frames);
-        ledger.bytes.add(bytes);
+        ledger.bytes.add(burst.bytes_of(mask));
         self.delivered = 0;
         self.held = 0;
     }
 
-    fn send_batch<T: TxPort>(
-        &mut self,
-        guard: &Guard,
-        burst: &RxBurst,
-        port: &PortEntry<T>,
-        items: &[(u8, VlanAction)],
-    ) {
+    fn send_batch<T: TxPort>(&mut self, guard: &Guard, burst: &RxBurst, port: &PortEntry<T>, batch: &Batch) {
         let Some(ledger) = port.tx_ledgers.get(guard.index()) else { return };
         if !port.admin_up {
-            for &(i, _) in items {
-                self.refuse(usize::from(i), DropReason::TxAdminDown, ledger);
+            for i in Frames(batch.frames) {
+                self.refuse(i, DropReason::TxAdminDown, ledger);
             }
             return;
         }
@@ -202,15 +202,17 @@ impl Sender {
             (0, limit) | (limit, 0) => limit,
             (a, b) => a.min(b),
         };
-        if !self.send_as_is(guard, burst, port, ledger, items, &caps) {
-            self.send_finished(guard, burst, port, ledger, items, &caps);
+        if port.divert.is_none() && goes_as_is(burst, batch, &caps) {
+            self.send_as_is(guard, burst, port, ledger, batch.frames);
+        } else {
+            self.send_finished(guard, burst, port, ledger, batch, &caps);
         }
         if port.divert.is_none() {
             port.tx.flush(guard, guard.index());
         }
     }
 
-    /// Sends the batch if nothing has to be done to any of its frames; otherwise does nothing.
+    /// Sends frames to which nothing has to be done.
     #[inline]
     fn send_as_is<T: TxPort>(
         &mut self,
@@ -218,28 +220,18 @@ impl Sender {
         burst: &RxBurst,
         port: &PortEntry<T>,
         ledger: &TxLedger,
-        items: &[(u8, VlanAction)],
-        caps: &TxCapabilities,
-    ) -> bool {
-        let mut frames = ArrayVec::<TxFrame<'_>, BURST>::new();
-        let gathered = if burst.is_owing() {
-            gather::<true>(burst, items, caps, &mut frames)
-        } else {
-            gather::<false>(burst, items, caps, &mut frames)
-        };
-        let Some((chosen, bytes)) = gathered else { return false };
+        frames: u64,
+    ) {
         self.report.reset(DropReason::TxNotReady);
-        port.send(guard, &frames, &mut self.report);
-        if self.report.accepted.count_ones() as usize == frames.len() {
-            // The usual case.
-            self.delivered |= chosen;
-            ledger.frames.add(frames.len() as u64);
-            ledger.bytes.add(bytes);
-        } else {
-            let numbers = items.iter().map(|&(i, _)| i);
-            settle(&mut self.delivered, &mut self.reasons, &self.report, ledger, &frames, numbers);
+        port.tx.send_received(guard, guard.index(), burst, frames, &mut self.report);
+        let sent = self.report.accepted & frames;
+        self.delivered |= sent;
+        ledger.frames.add(u64::from(sent.count_ones()));
+        ledger.bytes.add(burst.bytes_of(sent));
+        for i in Frames(frames & !sent) {
+            let reason = self.report.reason.get(i).copied().unwrap_or(DropReason::TxNotReady);
+            self.refuse(i, reason, ledger);
         }
-        true
     }
 
     /// Sends the batch, whatever has to be done to its frames.
@@ -250,24 +242,26 @@ impl Sender {
         burst: &RxBurst,
         port: &PortEntry<T>,
         ledger: &TxLedger,
-        items: &[(u8, VlanAction)],
+        batch: &Batch,
         caps: &TxCapabilities,
     ) {
+        let items: ArrayVec<u8, BURST> = Frames(batch.frames).map(|i| i as u8).collect();
         let mut plans = ArrayVec::<Plan, BURST>::new();
-        for (slot, &(i, action)) in items.iter().enumerate() {
-            plans.push(self.plan(burst, slot, usize::from(i), action, caps));
+        for (slot, &i) in items.iter().enumerate() {
+            let i = usize::from(i);
+            plans.push(self.plan(burst, slot, i, batch.action(i), caps));
         }
         // Runs of ordinary frames go out in one piece; a frame to be segmented goes between them, so that order is kept.
         let mut from = 0;
         for (slot, plan) in plans.iter().enumerate() {
             if let Plan::Segment { head_len, replaced, offload } = *plan {
-                self.send_run(guard, burst, port, ledger, items, &plans, from..slot, caps);
+                self.send_run(guard, burst, port, ledger, &items, &plans, from..slot, caps);
                 from = slot + 1;
-                let i = items.get(slot).map_or(0, |&(i, _)| usize::from(i));
+                let i = items.get(slot).map_or(0, |&i| usize::from(i));
                 self.send_segments(guard, burst, port, ledger, slot, i, head_len, replaced, offload, caps);
             }
         }
-        self.send_run(guard, burst, port, ledger, items, &plans, from..plans.len(), caps);
+        self.send_run(guard, burst, port, ledger, &items, &plans, from..plans.len(), caps);
     }
 
     /// What has to be done to frame `i` (place `slot` in the batch) before this output can take it.
@@ -330,7 +324,7 @@ impl Sender {
         burst: &RxBurst,
         port: &PortEntry<T>,
         ledger: &TxLedger,
-        items: &[(u8, VlanAction)],
+        items: &[u8],
         plans: &[Plan],
         range: core::ops::Range<usize>,
         caps: &TxCapabilities,
@@ -338,7 +332,7 @@ impl Sender {
         let mut frames = ArrayVec::<TxFrame<'_>, BURST>::new();
         let mut numbers = ArrayVec::<u8, BURST>::new();
         for slot in range {
-            let (Some(plan), Some(&(i, _))) = (plans.get(slot), items.get(slot)) else { continue };
+            let (Some(plan), Some(&i)) = (plans.get(slot), items.get(slot)) else { continue };
             let snapshot = burst.snapshot(usize::from(i));
             let flow_hash = if caps.multiqueue { packet::flow_hash(snapshot) } else { 0 };
             let (head, skip, offload) = match *plan {
@@ -496,29 +490,17 @@ fn settle(
     ledger.bytes.add(bytes);
 }
 
-/// The frames of a batch in which nothing has to be done to any; which they are, and their bytes. `None`: something has to be done.
-/// `OWING`: some frame may owe something, be it only what the output takes over.
+/// Nothing has to be done to any frame of the batch.
 #[inline(always)]
-fn gather<'b, const OWING: bool>(
-    burst: &'b RxBurst,
-    items: &[(u8, VlanAction)],
-    caps: &TxCapabilities,
-    frames: &mut ArrayVec<TxFrame<'b>, BURST>,
-) -> Option<(u64, u64)> {
-    let (mut chosen, mut bytes) = (0u64, 0u64);
-    for &(i, action) in items {
-        let (meta, head, body) = burst.parts(usize::from(i))?;
-        if action != VlanAction::Keep || OWING && !is_plain(meta, caps) || too_long(meta.len, caps) {
-            return None;
-        }
-        let flow_hash = if caps.multiqueue { packet::flow_hash(head) } else { 0 };
-        // Not copied where nothing can be owed: the copy would be waited for.
-        let offload = if OWING { meta.offload } else { Offload::default() };
-        frames.try_push(TxFrame { head, body, offload, flow_hash }).ok()?;
-        chosen |= 1 << (i & 63);
-        bytes += u64::from(meta.len);
-    }
-    Some((chosen, bytes))
+fn goes_as_is(burst: &RxBurst, batch: &Batch, caps: &TxCapabilities) -> bool {
+    // Mostly that is seen at once.
+    batch.edited == 0
+        && (!burst.is_owing() && !too_long(burst.longest(), caps) || go_as_they_are(burst, batch.frames, caps))
+}
+
+#[inline(never)]
+fn go_as_they_are(burst: &RxBurst, frames: u64, caps: &TxCapabilities) -> bool {
+    Frames(frames).all(|i| burst.meta(i).is_some_and(|meta| is_plain(meta, caps) && !too_long(meta.len, caps)))
 }
 
 /// Nothing is owed that the output does not take over.

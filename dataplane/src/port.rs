@@ -3,8 +3,11 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use arrayvec::ArrayVec;
+
 use crate::counters::DropReason;
-use crate::frame::{BURST, RxBurst, TxFrame};
+use crate::frame::{BURST, Frames, RxBurst, TxFrame};
+use crate::packet;
 use crate::qsbr::Guard;
 
 /// Wakes a sleeping PMD thread; cheap when it is awake. Callable from any thread.
@@ -97,6 +100,11 @@ impl TxReport {
             *r = reason;
         }
     }
+    /// The frames whose bits are set were refused.
+    #[inline]
+    pub fn refuse_all(&mut self, frames: u64, reason: DropReason) {
+        Frames(frames).for_each(|i| self.refuse(i, reason));
+    }
 }
 
 /// The transmit side of a port, shared by all PMD threads. `lane` is the PMD thread's number: an implementation
@@ -108,6 +116,28 @@ pub trait TxPort: Send + Sync {
     /// Sends at most [`BURST`] frames in order. Sets a verdict for each in `report` (which was reset by the caller).
     /// Copies before it returns: source buffers may be given back afterwards.
     fn send(&self, guard: &Guard, lane: usize, frames: &[TxFrame<'_>], report: &mut TxReport);
+
+    /// As [`Self::send`], for the frames of a burst whose bits are set, in their order, each as it was received. They are known to be there,
+    /// and to owe nothing beyond the port's capabilities. In `report` they have the numbers that they have in the burst.
+    fn send_received(&self, guard: &Guard, lane: usize, burst: &RxBurst, frames: u64, report: &mut TxReport) {
+        let multiqueue = self.capabilities(guard).multiqueue;
+        let mut list = ArrayVec::<TxFrame<'_>, BURST>::new();
+        let mut numbers = ArrayVec::<u8, BURST>::new();
+        for i in Frames(frames) {
+            let Some(frame) = burst.as_received(i) else { continue };
+            let flow_hash = if multiqueue { packet::flow_hash(frame.head) } else { 0 };
+            list.push(TxFrame { flow_hash, ..frame });
+            numbers.push(i as u8);
+        }
+        let mut own = TxReport::default();
+        self.send(guard, lane, &list, &mut own);
+        for (k, &i) in numbers.iter().enumerate() {
+            match own.reason.get(k) {
+                Some(&reason) if own.accepted >> k & 1 == 0 => report.refuse(usize::from(i), reason),
+                _ => report.accept(usize::from(i)),
+            }
+        }
+    }
 
     /// Publishes and notifies what `send` left for the end of the burst (once per burst and port).
     fn flush(&self, guard: &Guard, lane: usize);

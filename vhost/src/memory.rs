@@ -394,6 +394,14 @@ impl Cursor {
         &self.map
     }
 
+    /// The region of its last hit, to look at without it. Valid as long as the cursor.
+    #[inline(always)]
+    pub(crate) fn view(&self) -> View {
+        let Window { guest_addr, size, host, .. } = self.last;
+        // No overflow of the sum: checked when the region was mapped. The difference is an address only with a guest address added.
+        View { origin: host.as_ptr().wrapping_sub(guest_addr as usize), end: guest_addr.wrapping_add(size), size }
+    }
+
     /// As [`MemoryMap::translate`].
     #[inline(always)]
     pub(crate) fn translate(&mut self, gpa: u64, len: u32) -> Option<NonNull<u8>> {
@@ -414,6 +422,28 @@ impl Cursor {
     #[cold]
     pub(crate) fn translate_prefix(&mut self, gpa: u64, len: u32) -> Option<(NonNull<u8>, u32)> {
         self.map.translate_prefix(gpa, len)
+    }
+}
+
+/// One region, as a loop over many addresses needs it: few numbers, which stay in registers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct View {
+    /// Where guest address 0 would be.
+    origin: *mut u8,
+    /// Guest address behind the last byte.
+    end: u64,
+    size: u64,
+}
+
+impl View {
+    /// `len` bytes at `gpa`, when there are any and all of them lie inside.
+    #[inline(always)]
+    pub(crate) fn get(&self, gpa: u64, len: u32) -> Option<*mut u8> {
+        // Bytes from `gpa` to the end: below the region more than it has, above it (wrapped) as well.
+        let room = self.end.wrapping_sub(gpa);
+        // Of no bytes the last would be at the end of all numbers.
+        let last = u64::from(len).wrapping_sub(1);
+        (room <= self.size && last < room).then(|| self.origin.wrapping_add(gpa as usize))
     }
 }
 
@@ -490,6 +520,37 @@ mod tests {
         for gpa in [0x10_0000, 0x1_0000_0000, 0x10_4000, 0x10_0800] {
             assert_eq!(cursor.translate(gpa, 16), map.translate(gpa, 16));
             assert!(cursor.translate(gpa, 0x5000).is_none());
+        }
+    }
+
+    #[test]
+    fn a_view_shows_what_its_region_holds() {
+        let a = GuestRegion::map(spec(0x10_0000, 0, 0x4000, 0, 0x4000)).unwrap();
+        let b = GuestRegion::map(spec(0x10_4000, 0, 0x4000, 0, 0x4000)).unwrap();
+        let map = MemoryMap::new(vec![a, b]).unwrap();
+        let mut cursor = Cursor::new(Arc::clone(&map));
+        let same = |view: View, gpa, len| {
+            let want = map.translate(gpa, u64::from(len)).map(NonNull::as_ptr);
+            assert_eq!(view.get(gpa, len), want, "{len} bytes at {gpa:#x}");
+        };
+        let first = cursor.view();
+        for (gpa, len) in [(0x10_0000, 1), (0x10_0000, 0x4000), (0x10_0000, 0x4001), (0x10_3fff, 1), (0x10_3fff, 2)] {
+            same(first, gpa, len);
+        }
+        for (gpa, len) in
+            [(0x0f_ffff, 1), (0x0f_ffff, 2), (0, 1), (u64::MAX, 1), (u64::MAX, u32::MAX), (0x10_0000, u32::MAX)]
+        {
+            same(first, gpa, len);
+        }
+        assert!(first.get(0x10_4000, 1).is_none(), "the next region's");
+        assert!(first.get(0x10_0000, 0).is_none() && first.get(0x10_4000, 0).is_none(), "nothing is nowhere");
+        assert!(cursor.translate(0x10_4000, 1).is_some());
+        same(cursor.view(), 0x10_4000, 0x4000);
+        same(cursor.view(), 0x10_7fff, 1);
+        assert!(cursor.view().get(0x10_3fff, 1).is_none());
+        let none = Cursor::new(MemoryMap::new(vec![]).unwrap());
+        for gpa in [0, 1, u64::MAX] {
+            assert!(none.view().get(gpa, 1).is_none());
         }
     }
 

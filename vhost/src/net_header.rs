@@ -77,12 +77,6 @@ pub struct RawHeader {
 }
 
 impl RawHeader {
-    /// Neither checksum nor segmentation is owed.
-    #[inline(always)]
-    pub fn owes_nothing(self) -> bool {
-        // NEEDS_CSUM in the first byte, any gso_type in the second.
-        self.low & (u64::from(FLAG_NEEDS_CSUM) | 0xff00) == 0
-    }
     /// From the bytes in guest memory.
     pub fn from_bytes(bytes: [u8; MAX_HEADER_BYTES]) -> Self {
         let [a, b, c, d, e, f, g, h, i, j, k, l] = bytes;
@@ -96,6 +90,21 @@ impl RawHeader {
     }
 }
 
+/// What [`RawHeader::low`] says is owed: 0 is nothing, [`OWED_CHECKSUM`] a checksum, what is above that segmentation of any kind.
+#[inline(always)]
+pub fn owed(low: u64) -> u64 {
+    // NEEDS_CSUM in the first byte, any gso_type in the second.
+    low & (u64::from(FLAG_NEEDS_CSUM) | 0xff00)
+}
+/// See [`owed`]. Whether the guest may ask for it is another question.
+pub const OWED_CHECKSUM: u64 = FLAG_NEEDS_CSUM as u64;
+
+/// What [`decode`] makes of a header that owes only a checksum.
+#[inline(always)]
+pub fn owed_checksum(raw: RawHeader) -> Offload {
+    Offload { needs_csum: true, csum_start: (raw.low >> 48) as u16, csum_offset: raw.high as u16, ..Offload::default() }
+}
+
 /// Judges the header of a frame from the guest. With a 10-byte header `num_buffers` is not looked at (nor is it with 12 bytes:
 /// it means nothing in this direction).
 ///
@@ -103,7 +112,7 @@ impl RawHeader {
 /// offered (UFO, UDP_L4). Flags that are not meant for this direction are ignored, as 5.1.6.2.2 demands for unknown ones.
 #[inline]
 pub fn decode(raw: RawHeader, features: u64) -> Result<Offload, DropReason> {
-    if raw.owes_nothing() {
+    if owed(raw.low) == 0 {
         return Ok(Offload::default());
     }
     decode_work(raw, features)
@@ -140,21 +149,39 @@ fn decode_work(raw: RawHeader, features: u64) -> Result<Offload, DropReason> {
     Ok(offload)
 }
 
+/// What [`encode`] makes of frames without segmentation owed that fill one buffer; `None` of others, and of work that the guest has not agreed
+/// to take. `csum`: it takes unfinished checksums.
+#[inline(always)]
+pub fn encode_simple(offload: &Offload, csum: bool) -> Option<RawHeader> {
+    let high = 1 << 16;
+    if owes_no_work(offload) {
+        return Some(RawHeader { low: 0, high });
+    }
+    if offload.gso != Gso::None || offload.needs_csum && !csum {
+        return None;
+    }
+    if offload.needs_csum {
+        let low = u64::from(FLAG_NEEDS_CSUM) | u64::from(offload.csum_start) << 48;
+        return Some(RawHeader { low, high: high | u32::from(offload.csum_offset) });
+    }
+    Some(RawHeader { low: if csum { u64::from(FLAG_DATA_VALID) } else { 0 }, high })
+}
+
+/// The header of a frame with this offload says nothing.
+#[inline(always)]
+fn owes_no_work(offload: &Offload) -> bool {
+    !offload.needs_csum && !offload.csum_valid && offload.gso == Gso::None
+}
+
 /// Makes the header of a frame to the guest, which fills `num_buffers` of its buffers. The caller writes as many bytes as
 /// [`header_len`] says.
 ///
 /// Refuses ([`DropReason::OffloadFailed`]) work that the guest has not agreed to take: it is finished before, in software.
-#[inline(always)]
 pub fn encode(offload: &Offload, num_buffers: u16, features: u64) -> Result<RawHeader, DropReason> {
     let high = u32::from(num_buffers) << 16;
-    if !offload.needs_csum && !offload.csum_valid && offload.gso == Gso::None {
+    if owes_no_work(offload) {
         return Ok(RawHeader { low: 0, high });
     }
-    encode_work(offload, high, features)
-}
-
-#[inline(never)]
-fn encode_work(offload: &Offload, high: u32, features: u64) -> Result<RawHeader, DropReason> {
     let mut raw = RawHeader { low: 0, high };
     let can = capabilities(features);
     if offload.needs_csum {
@@ -245,6 +272,41 @@ mod tests {
         let valid = Offload { csum_valid: true, ..Offload::default() };
         assert_eq!(encode(&valid, 1, VERSION_1).unwrap().to_bytes()[0], 0);
         assert_eq!(encode(&valid, 1, ALL_GUEST).unwrap().to_bytes()[0], FLAG_DATA_VALID);
+    }
+
+    #[test]
+    fn the_short_ways_agree_with_the_long_ones() {
+        let some = [false, true];
+        for (needs_csum, csum_valid, gso, csum) in some
+            .iter()
+            .flat_map(|&n| some.map(|v| (n, v)))
+            .flat_map(|(n, v)| [Gso::None, Gso::TcpV4].map(|g| (n, v, g)))
+            .flat_map(|(n, v, g)| some.map(|c| (n, v, g, c)))
+        {
+            let offload = Offload {
+                needs_csum,
+                csum_valid,
+                gso,
+                gso_size: 1,
+                csum_start: 14,
+                csum_offset: 6,
+                ..Offload::default()
+            };
+            let features = if csum { ALL_GUEST } else { ALL_GUEST & !GUEST_CSUM };
+            let want = encode(&offload, 1, features).ok().filter(|_| gso == Gso::None);
+            assert_eq!(encode_simple(&offload, csum), want, "{offload:?} {csum}");
+        }
+        for flags in 0..=255 {
+            for gso in [0, 1, 4, 0x80, 0xff] {
+                let raw = RawHeader::from_bytes([flags, gso, 9, 9, 9, 9, 14, 1, 16, 2, 7, 7]);
+                let long = decode(raw, ALL_HOST);
+                assert_eq!(owed(raw.low) == 0, long == Ok(Offload::default()), "{flags} {gso}");
+                let only_checksum = flags & FLAG_NEEDS_CSUM != 0 && gso == 0;
+                assert_eq!(owed(raw.low) == OWED_CHECKSUM, only_checksum, "{flags} {gso}");
+                assert!(!only_checksum || long == Ok(owed_checksum(raw)), "{flags} {gso}");
+                assert_eq!(owed(raw.low) > OWED_CHECKSUM, gso != 0, "{flags} {gso}");
+            }
+        }
     }
 
     #[test]

@@ -14,7 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ferry_dataplane::counters::DropReason;
-use ferry_dataplane::frame::{BURST, RxBurst, TxFrame};
+use ferry_dataplane::frame::{BURST, Frames, RxBurst, TxFrame};
+use ferry_dataplane::packet;
 use ferry_dataplane::port::{Armed, RxQueue, TxCapabilities, TxPort, TxReport, Wake};
 use ferry_dataplane::qsbr::{Domain, Guard, Published};
 
@@ -447,21 +448,23 @@ impl Drop for Claim<'_> {
 }
 
 impl VhostTx {
-    /// Sends the chosen frames through one ring.
-    fn send_on(&self, guard: &Guard, pair: usize, frames: &[TxFrame<'_>], chosen: u64, report: &mut TxReport) {
-        let refuse_all = |report: &mut TxReport, reason| {
-            for i in 0..frames.len().min(BURST) {
-                if chosen >> i & 1 != 0 {
-                    report.refuse(i, reason);
-                }
-            }
+    /// Sends the chosen ones of some frames through one ring.
+    fn send_on<'f>(
+        &self,
+        guard: &Guard,
+        pair: usize,
+        frames: impl Fn(usize) -> Option<TxFrame<'f>> + Copy,
+        chosen: u64,
+        report: &mut TxReport,
+    ) {
+        let Some(slot) = self.queues.slots.get(2 * pair) else {
+            return report.refuse_all(chosen, DropReason::TxNotReady);
         };
-        let Some(slot) = self.queues.slots.get(2 * pair) else { return refuse_all(report, DropReason::TxNotReady) };
-        let Some(running) = slot.ring.0.load(guard) else { return refuse_all(report, DropReason::TxNotReady) };
-        let Some(mut claim) = Claim::take(running) else { return refuse_all(report, DropReason::TxBusy) };
+        let Some(running) = slot.ring.0.load(guard) else { return report.refuse_all(chosen, DropReason::TxNotReady) };
+        let Some(mut claim) = Claim::take(running) else { return report.refuse_all(chosen, DropReason::TxBusy) };
         let ring = claim.ring();
         if ring.is_faulted() {
-            return refuse_all(report, DropReason::TxNotReady);
+            return report.refuse_all(chosen, DropReason::TxNotReady);
         }
         let (due, fault) = ring.send(frames, chosen, report, &slot.counters);
         if due && running.call.is_some() && !running.notify_due.swap(true, Ordering::AcqRel) {
@@ -471,6 +474,41 @@ impl VhostTx {
         }
         if let Some(fault) = fault {
             self.queues.report_fault(slot, fault);
+        }
+    }
+
+    /// Sends the frames of `all`, each through the ring that its flow has.
+    #[inline(always)]
+    fn spread<'f>(
+        &self,
+        guard: &Guard,
+        frames: impl Fn(usize) -> Option<TxFrame<'f>> + Copy,
+        all: u64,
+        flow_hash: impl Fn(&TxFrame<'f>) -> u32,
+        report: &mut TxReport,
+    ) {
+        let mut ready = self.queues.tx_ready.load(Ordering::Acquire);
+        let rings = ready.count_ones();
+        match rings {
+            0 => report.refuse_all(all, DropReason::TxNotReady),
+            1 => self.send_on(guard, ready.trailing_zeros() as usize, frames, all, report),
+            _ => {
+                // A flow stays on one ring as long as the set of rings does.
+                let mut chosen = [0u64; MAX_PAIRS];
+                for i in Frames(all) {
+                    let hash = frames(i).map_or(0, |frame| flow_hash(&frame));
+                    if let Some(mask) = chosen.get_mut((hash % rings) as usize) {
+                        *mask |= 1 << i;
+                    }
+                }
+                for mask in chosen.into_iter().take(rings as usize) {
+                    let pair = ready.trailing_zeros() as usize;
+                    ready &= ready - 1;
+                    if mask != 0 {
+                        self.send_on(guard, pair, frames, mask, report);
+                    }
+                }
+            }
         }
     }
 }
@@ -489,28 +527,13 @@ impl TxPort for VhostTx {
     }
 
     fn send(&self, guard: &Guard, _lane: usize, frames: &[TxFrame<'_>], report: &mut TxReport) {
-        let mut ready = self.queues.tx_ready.load(Ordering::Acquire);
-        let rings = ready.count_ones();
-        match rings {
-            0 => report.reset(DropReason::TxNotReady),
-            1 => self.send_on(guard, ready.trailing_zeros() as usize, frames, u64::MAX, report),
-            _ => {
-                // A flow stays on one ring as long as the set of rings does.
-                let mut chosen = [0u64; MAX_PAIRS];
-                for (i, frame) in frames.iter().enumerate().take(BURST) {
-                    if let Some(mask) = chosen.get_mut((frame.flow_hash % rings) as usize) {
-                        *mask |= 1 << i;
-                    }
-                }
-                for mask in chosen.into_iter().take(rings as usize) {
-                    let pair = ready.trailing_zeros() as usize;
-                    ready &= ready - 1;
-                    if mask != 0 {
-                        self.send_on(guard, pair, frames, mask, report);
-                    }
-                }
-            }
-        }
+        let all = if frames.len() < BURST { (1 << frames.len()) - 1 } else { u64::MAX };
+        self.spread(guard, |i| frames.get(i).copied(), all, |frame| frame.flow_hash, report);
+    }
+
+    fn send_received(&self, guard: &Guard, _lane: usize, burst: &RxBurst, frames: u64, report: &mut TxReport) {
+        let all = frames & burst.all();
+        self.spread(guard, |i| burst.as_received(i), all, |frame| packet::flow_hash(frame.head), report);
     }
 
     fn flush(&self, guard: &Guard, _lane: usize) {

@@ -337,6 +337,56 @@ fn releases_everything_since_the_last_release() {
     assert_eq!(guest.reclaim(), seen);
 }
 
+/// A guest that sends long frames in several buffers and short ones in one, mixed, to one whose buffers hold a short frame each.
+#[test]
+fn behind_a_long_frame_short_ones_go_the_short_way_again() {
+    for (packed, indirect) in [(0, false), (0, true), (feature::RING_PACKED, false), (feature::RING_PACKED, true)] {
+        let features = feature::VERSION_1 | feature::MRG_RXBUF | feature::INDIRECT_DESC | packed;
+        let mut rng = Rng(packed + u64::from(indirect));
+        let mut switch = Switch::new(1);
+        let mut guest = Guest::new(features, 256, 2048, 0xfff0);
+        guest.start(&mut switch, None);
+        for round in 0..20 {
+            while let Some(&gpa) = guest.rx_slots.front() {
+                assert!(guest.rx.add(&[Buf { gpa, len: 256, writable: true }], false));
+                guest.rx_slots.pop_front();
+            }
+            guest.rx.publish();
+            let mut sent = Vec::new();
+            for i in 0..64 {
+                let is_long = i % 5 == round % 5 || i % 7 == 3;
+                let len = if is_long { 900 + rng.below(200) } else { 14 + rng.below(200) };
+                let payload = rng.bytes(len as usize);
+                let gpa = guest.tx_slots.pop_front().unwrap();
+                guest.mem.write(gpa, &vec![0; guest.header]);
+                guest.mem.write(gpa + guest.header as u64, &payload);
+                let buf = |from: u64, to: u64| Buf { gpa: gpa + from, len: (to - from) as u32, writable: false };
+                let end = guest.header as u64 + len;
+                let bufs = if is_long { vec![buf(0, 12), buf(12, 500), buf(500, end)] } else { vec![buf(0, end)] };
+                assert!(guest.tx.add(&bufs, indirect && is_long));
+                sent.push((is_long, payload));
+            }
+            guest.tx.publish();
+            switch.receive_only();
+            assert_eq!(switch.burst.len(), sent.len());
+            for (i, (is_long, _)) in sent.iter().enumerate() {
+                // On the short way the snapshot is taken at once.
+                assert_eq!(switch.burst.meta(i).unwrap().snapshot_len == 0, *is_long, "frame {i}");
+            }
+            switch.burst.take_snapshots();
+            assert_eq!(switch.echo(), u64::MAX);
+            switch.release();
+            assert_eq!(guest.reclaim(), sent.len());
+            let got = guest.collect();
+            assert!(
+                got.iter().eq(sent.iter().map(|(_, payload)| payload)),
+                "round {round}: other frames, or another order"
+            );
+        }
+        assert_eq!(switch.queues.take_fault(), None);
+    }
+}
+
 #[test]
 fn a_frame_that_does_not_fit_leaves_the_ring_as_it_was() {
     for packed in [0, feature::RING_PACKED] {

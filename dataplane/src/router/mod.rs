@@ -175,11 +175,11 @@ impl Router {
             }
             i += 1;
             // Those behind it that go the same way.
-            if let (Some(Way { output, action }), Some((link, _))) = (way, link) {
+            if let Some(Way { output, action }) = way
+                && link.is_some()
+            {
                 let first = i;
-                while i < frames && follows(burst, i, link) {
-                    i += 1;
-                }
+                i = followers(burst, i);
                 if let Some(batch) = self.batches.get_mut(usize::from(output)) {
                     batch.push_run(first, i, action);
                 }
@@ -446,24 +446,72 @@ fn look_up<T>(
 /// Addresses and EtherType of a frame of which `head` has the first `have` bytes, if it is an untagged one.
 #[inline(always)]
 fn untagged(head: &[u8; SNAPSHOT_BYTES], have: usize) -> Option<(Link, EtherType)> {
-    let &[a, b, c, d, e, f, g, h, s, t, u, v, x, y, ..] = head;
-    let first = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
-    let ethertype = EtherType(u16::from_be_bytes([x, y]));
-    let src = first << 32 | u64::from(u32::from_be_bytes([s, t, u, v]));
-    let link = Link { dst: MacAddr::from_u64(first >> 16), src: MacAddr::from_u64(src) };
+    let (first, second) = start(head);
+    let (first, second) = (u64::from_be(first), u64::from_be(second));
+    let ethertype = EtherType(second as u16);
+    let link = Link { dst: MacAddr::from_u64(first >> 16), src: MacAddr::from_u64(second >> 16) };
     (have >= ethernet::HEADER_BYTES && Tpid::from_ethertype(ethertype).is_none()).then_some((link, ethertype))
 }
 
-/// Frame `i` is an untagged one with these addresses, and nothing else about it matters to a plain switch.
+/// Number of the first frame from `from` on that is no untagged one with the addresses of the untagged one before it, or about which
+/// something else matters to a plain switch.
 #[inline(always)]
-fn follows(burst: &mut RxBurst, i: usize, link: Link) -> bool {
-    let Some((head, meta)) = burst.frame_mut(i) else { return false };
-    let Some((own, ethertype)) = untagged(head, usize::from(meta.snapshot_len)) else { return false };
-    own == link && (!owes_work(meta) || owes_only_checksum(head, meta, ethertype))
+fn followers(burst: &mut RxBurst, from: usize) -> usize {
+    let frames = burst.len().min(BURST);
+    let Some(before) = from.checked_sub(1) else { return from };
+    let (leader, _) = burst.head(before);
+    let leader = start(leader);
+    let mut i = from;
+    if !burst.is_owing() {
+        while i < frames && {
+            let (head, have) = burst.head(i);
+            follows(leader, head, have)
+        } {
+            i += 1;
+        }
+        return i;
+    }
+    while i < frames
+        && let Some((head, meta)) = burst.frame_mut(i)
+        && follows(leader, head, usize::from(meta.snapshot_len))
+        && (!owes_work(meta) || owes_only_checksum(head, meta))
+    {
+        i += 1;
+    }
+    i
+}
+
+/// Addresses and EtherType, in two words that overlap: bytes 0 to 7 and 6 to 13.
+type Start = (u64, u64);
+
+#[inline(always)]
+fn start(head: &[u8; SNAPSHOT_BYTES]) -> Start {
+    // Taken byte by byte, they would also be loaded so.
+    let word = |at: usize| head.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |word| u64::from_ne_bytes(*word));
+    (word(0), word(6))
+}
+
+/// The frame that begins with these bytes is untagged, and its addresses are those of the leader, which is untagged as well.
+#[inline(always)]
+fn follows(leader: Start, head: &[u8; SNAPSHOT_BYTES], have: usize) -> bool {
+    if start(head) == leader {
+        // What makes the leader an untagged frame is the same.
+        return have >= ethernet::HEADER_BYTES;
+    }
+    start(head).0 == leader.0 && untagged_alike(leader, head, have)
+}
+
+/// As [`follows`], where the EtherType, or the second half of the source address, is another.
+#[inline(never)]
+fn untagged_alike(leader: Start, head: &[u8; SNAPSHOT_BYTES], have: usize) -> bool {
+    // Without the EtherType.
+    let source = |(_, word): Start| u64::from_be(word) >> 16;
+    untagged(head, have).is_some() && source(start(head)) == source(leader)
 }
 
 /// All that an untagged frame is owed is the checksum of a plain packet.
-fn owes_only_checksum(head: &[u8; SNAPSHOT_BYTES], meta: &mut FrameMeta, ethertype: EtherType) -> bool {
+fn owes_only_checksum(head: &[u8; SNAPSHOT_BYTES], meta: &mut FrameMeta) -> bool {
+    let ethertype = EtherType(u64::from_be(start(head).1) as u16);
     let Some(layout) = Layout::new(ethernet::HEADER_BYTES as u16, ethertype) else { return false };
     let (have, len) = (usize::from(meta.snapshot_len), meta.len as usize);
     match Plain::read(head, have, len, layout, &mut Particulars::default()) {

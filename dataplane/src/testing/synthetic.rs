@@ -295,6 +295,29 @@ fn switch(
     clock: Clock,
 ) -> Option<(Worker<SyntheticKinds>, [SyntheticTx; 2])> {
     let txs = [(); 2].map(|()| SyntheticTx::new());
+    Some((between(&Domain::new(), rx, &txs, stations, firewalls, clock)?, txs))
+}
+
+/// A worker that polls `rx` of ports 0 and 1 and switches between them, without firewalls. [`frame`]s go from port 0 to port 1.
+pub fn l2_switch<K: Kinds>(domain: &Arc<Domain>, rx: [Option<K::Rx>; 2], tx: &[K::Tx; 2]) -> Option<Worker<K>> {
+    between(domain, rx, tx, 1, [None, None], Clock::simulated().0)
+}
+
+/// A frame of `bytes`, at least 14, that [`l2_switch`] sends from port 0 to port 1.
+pub fn frame(bytes: usize) -> Vec<u8> {
+    let mut f = ethernet(0, [0x88, 0xb5]);
+    f.resize(bytes.max(14), 0x5a);
+    f
+}
+
+fn between<K: Kinds>(
+    domain: &Arc<Domain>,
+    rx: [Option<K::Rx>; 2],
+    txs: &[K::Tx; 2],
+    stations: u64,
+    firewalls: [Option<PortFirewall>; 2],
+    clock: Clock,
+) -> Option<Worker<K>> {
     let fdb = Arc::new(Fdb::new((stations * 4).try_into().ok()?, 300));
     for n in 0..stations {
         fdb.learn(0, MacAddr::from_u64(TARGET | n), 1, u32::MAX, 0);
@@ -328,8 +351,7 @@ fn switch(
         let Some(rx) = rx else { continue };
         outbox.send(Command::Add(Box::new(PolledQueue { rx, port, queue: 0, ledger: Arc::new(RxLedger::default()) })));
     }
-    let domain = Domain::new();
-    let worker = Worker::new(Parts {
+    Some(Worker::new(Parts {
         guard: domain.register()?,
         forwarding: Arc::new(Published::new(Box::new(forwarding))),
         inbox,
@@ -338,6 +360,5 @@ fn switch(
         idle: Arc::new(IdleTuning::new(0, 0)),
         counters: Arc::new(PmdCounters::default()),
         events: Arc::default(),
-    });
-    Some((worker, txs))
+    }))
 }

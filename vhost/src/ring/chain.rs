@@ -4,8 +4,8 @@ use core::ptr::read_volatile;
 
 use ferry_dataplane::counters::DropReason;
 
-use super::stage::One;
-use super::{Chain, Core, Fault, FaultKind, Sink};
+use super::{Core, Fault, FaultKind, Sink};
+use crate::memory::View;
 
 /// Buffer continues in the next descriptor (VIRTQ_DESC_F_NEXT).
 pub(super) const NEXT: u16 = 1;
@@ -54,6 +54,19 @@ impl Words {
     #[inline(always)]
     pub(super) fn fourth(self) -> u16 {
         (self.1 >> 48) as u16
+    }
+}
+
+/// Address, length and flags of a descriptor of a split ring, each read once.
+///
+/// # Safety
+/// 16 aligned bytes at `at` are mapped.
+#[inline(always)]
+pub(super) unsafe fn read_fields(at: *const u8) -> (u64, u32, u16) {
+    // SAFETY: mapped and aligned by contract. Volatile: the guest may write at the same time, and what is judged must be what is used.
+    unsafe {
+        let (addr, len, flags) = (at.cast::<u64>(), at.add(8).cast::<u32>(), at.add(12).cast::<u16>());
+        (u64::from_le(read_volatile(addr)), u32::from_le(read_volatile(len)), u16::from_le(read_volatile(flags)))
     }
 }
 
@@ -182,26 +195,35 @@ pub(super) fn prefetch_read(at: *const u8) {
 /// Brings a cache line in, to be written.
 #[inline(always)]
 pub(super) fn prefetch_write(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
+    // Not `_mm_prefetch`: compiled for any x86-64, it would fetch the line for reading, and the store would wait for the other core all the
+    // same. Processors that do not know the instruction take it for a hint without effect.
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
     // SAFETY: prefetch has no architectural effect whatever the address.
     unsafe {
-        core::arch::x86_64::_mm_prefetch(at.cast::<i8>(), core::arch::x86_64::_MM_HINT_ET0);
+        core::arch::asm!("prefetchw [{}]", in(reg) at, options(readonly, nostack, preserves_flags));
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     let _ = at;
 }
 
-/// A descriptor that is a chain of one buffer, in one piece of memory and of the right direction; its beginning is prefetched.
+/// A buffer of the right direction that is a chain of its own and in one piece of memory, with its guest address; its beginning is
+/// prefetched. `view`: of the memory that the buffer before it lies in.
 #[inline(always)]
-pub(super) fn one<S: Sink>(core: &mut Core, words: Words, flags: u16, chain: Chain) -> Option<One> {
-    let direction = if S::WRITABLE { WRITE } else { 0 };
-    let len = words.len();
-    if flags & (NEXT | INDIRECT | WRITE) != direction || len == 0 {
-        return None;
-    }
-    let addr = core.cursor.translate(words.addr(), len)?.as_ptr();
+pub(super) fn one<S: Sink>(core: &mut Core, view: &mut View, gpa: u64, len: u32) -> Option<*mut u8> {
+    let addr = match view.get(gpa, len) {
+        Some(addr) => addr,
+        None => another_region(core, view, gpa, len)?,
+    };
     prefetch_lines::<S>(addr, len);
-    Some(One { chain, addr, gpa: words.addr(), len })
+    Some(addr)
+}
+
+#[cold]
+#[inline(never)]
+fn another_region(core: &mut Core, view: &mut View, gpa: u64, len: u32) -> Option<*mut u8> {
+    core.cursor.translate(gpa, len)?;
+    *view = core.cursor.view();
+    view.get(gpa, len)
 }
 
 /// Prefetches the beginning of a buffer: virtio-net header and first packet headers, or where they will be written.

@@ -41,7 +41,6 @@ use crate::dirty_log::{DirtyLog, LOG_PAGE_BYTES};
 use crate::memory::{Cursor, MemoryMap};
 use crate::net_header::{feature, header_len};
 use packed::Packed;
-use receive::Pending;
 use split::Split;
 use stage::One;
 use transmit::Scratch;
@@ -289,28 +288,31 @@ pub(crate) trait Format {
     /// Looks at the chain at `at`, gives its pieces to `sink` and moves `at` behind it. `None`: nothing available.
     fn peek<S: Sink>(&mut self, core: &mut Core, at: &mut Self::Position, sink: &mut S)
     -> Result<Option<Found>, Fault>;
-    /// Makes the next `count` chains ready, as far as each has but one buffer in one piece of memory, and fetches into the cache what they and
-    /// others need first. Takes nothing, and reports nothing: what is wrong is found by [`Self::peek`].
-    fn stage<S: Sink>(&mut self, core: &mut Core, count: u16);
+    /// Makes the next `count` chains ready, as far as each has but one buffer in one piece of memory, and fetches into the cache what they
+    /// need first; with `beyond` also what those need that are not so simple. Takes nothing, and reports nothing: what is wrong is found by
+    /// [`Self::peek`]. True: it has looked, and there are no others than those that are ready.
+    fn stage<S: Sink>(&mut self, core: &mut Core, count: u16, beyond: bool) -> bool;
     /// Fetches into the cache, to be written, where the next `count` chains will be returned.
     fn prefetch_used(&self, count: u16);
     /// The next chains that were staged.
-    fn staged(&self) -> &[One];
-    /// Takes the first `chains` of them.
-    fn take_staged(&mut self, chains: u16);
-    /// Takes the first of them and enters them into the used ring; `lens`: bytes written into each.
-    #[inline(always)]
-    fn use_staged(&mut self, core: &mut Core, lens: &[u32]) {
-        for (i, &len) in lens.iter().enumerate() {
-            let Some(&One { chain, .. }) = self.staged().get(i) else { break };
-            self.put_used(core, chain, len);
-        }
-        self.take_staged(lens.len() as u16);
-    }
+    fn staged(&mut self) -> &mut [One];
+    /// Takes the first `chains` of them and enters them into the used ring; [`One::len`] says how many bytes, at least one, were written into
+    /// each.
+    fn use_staged(&mut self, core: &mut Core, chains: u16);
     /// Enters a chain into the used ring, not yet visible. `len`: bytes written into it.
     fn put_used(&mut self, core: &mut Core, chain: Chain, len: u32);
     /// Makes the entries visible to the guest and logs all writes of the burst. True when the guest wants to be notified.
     fn publish(&mut self, core: &mut Core) -> bool;
+    /// How many more chains can be held.
+    fn room_to_hold(&self) -> usize;
+    /// Holds a chain that was taken until [`Self::release`].
+    fn hold(&mut self, core: &mut Core, chain: Chain);
+    /// Takes the first `chains` staged ones and holds them.
+    fn hold_staged(&mut self, chains: u16);
+    /// Chains held.
+    fn held(&self) -> usize;
+    /// Returns the chains held, and makes it visible. True when the guest wants to be notified.
+    fn release(&mut self, core: &mut Core) -> bool;
     /// Asks the guest to kick when it makes the next chain available. True when there is one already.
     fn arm(&mut self, core: &mut Core) -> bool;
     /// Tells the guest not to kick.
@@ -434,7 +436,6 @@ pub struct Ring {
     config: RingConfig,
     core: Core,
     kind: Kind,
-    pending: Pending,
     scratch: Scratch,
     faulted: bool,
 }
@@ -540,7 +541,7 @@ impl Ring {
             // SAFETY: as above, for a split ring with the event fields that `event_idx` says.
             Kind::Split(unsafe { Split::new(desc_ptr, driver_ptr, device_ptr, size) })
         };
-        Ok(Self { config, core, kind, pending: Pending::new(), scratch: Scratch::new(), faulted: false })
+        Ok(Self { config, core, kind, scratch: Scratch::new(), faulted: false })
     }
 
     /// The vring's number.
@@ -598,7 +599,7 @@ impl Ring {
         }
         let result = match self.core.check_memory() {
             Ok(()) => {
-                with_format!(self, q => receive::receive(q, &mut self.core, &mut self.pending, burst, counters))
+                with_format!(self, q => receive::receive(q, &mut self.core, burst, counters))
             }
             Err(fault) => Err(fault),
         };
@@ -607,19 +608,22 @@ impl Ring {
 
     /// True while received chains wait for [`Self::release`].
     pub(crate) fn has_pending(&self) -> bool {
-        !self.pending.is_empty()
+        match &self.kind {
+            Kind::Split(q) => q.held() > 0,
+            Kind::Packed(q) => q.held() > 0,
+        }
     }
 
     /// Returns what was received. True when the guest wants to be notified.
     pub(crate) fn release(&mut self, counters: &VringCounters) -> bool {
-        with_format!(self, q => receive::release(q, &mut self.core, &mut self.pending, counters))
+        with_format!(self, q => receive::release(q, &mut self.core, counters))
     }
 
     /// Writes the frames whose bit in `chosen` is set into available chains (the guest's receive queue) and makes them
     /// visible. Returns whether the guest wants to be notified, and the fault that ended the burst.
-    pub(crate) fn send(
+    pub(crate) fn send<'f>(
         &mut self,
-        frames: &[TxFrame<'_>],
+        frames: impl Fn(usize) -> Option<TxFrame<'f>> + Copy,
         chosen: u64,
         report: &mut TxReport,
         counters: &VringCounters,
@@ -629,7 +633,7 @@ impl Ring {
                 with_format!(self, q => Ok(transmit::send(q, &mut self.core, &mut self.scratch, frames, chosen, report, counters)))
             }
             Err(fault) => {
-                transmit::refuse(frames, chosen, report, DropReason::MemoryFault);
+                report.refuse_all(chosen, DropReason::MemoryFault);
                 Err(fault)
             }
         };

@@ -1,47 +1,15 @@
 //! Chains of the guest's transmit queue into frames.
 #![allow(unsafe_code)] // Its job: reading the virtio-net header and passing segments on.
+use core::ptr::read_volatile;
+
 use ferry_dataplane::counters::DropReason;
 use ferry_dataplane::frame::{BURST, MAX_FRAME_BYTES, Offload, RxBurst};
 
-use super::stage::One;
-use super::{Chain, Core, Fault, Format, MAX_BURST_DESCRIPTORS, MAX_FRAME_SEGMENTS, Sink, VringCounters};
-use crate::net_header::{self, MAX_HEADER_BYTES, RawHeader};
+use super::{Core, Fault, Format, MAX_BURST_DESCRIPTORS, MAX_FRAME_SEGMENTS, Sink, VringCounters};
+use crate::net_header::{self, MAX_HEADER_BYTES, RawHeader, feature};
 
 /// Shortest frame: an Ethernet header.
 const MIN_FRAME_BYTES: u32 = 14;
-
-/// Chains received and not yet released, oldest first. Several calls of receive may come before one release.
-pub(crate) struct Pending {
-    chains: Box<[Chain; Self::CAPACITY]>,
-    len: usize,
-}
-
-impl Pending {
-    const CAPACITY: usize = 4 * BURST;
-
-    pub(super) fn new() -> Self {
-        Self { chains: Box::new([Chain::default(); Self::CAPACITY]), len: 0 }
-    }
-    #[inline]
-    pub(super) fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-    #[inline]
-    fn is_full(&self) -> bool {
-        self.len == Self::CAPACITY
-    }
-    #[inline]
-    fn room(&self) -> usize {
-        Self::CAPACITY - self.len
-    }
-    #[inline]
-    fn push(&mut self, chain: Chain) {
-        if let Some(slot) = self.chains.get_mut(self.len) {
-            *slot = chain;
-            self.len += 1;
-        }
-    }
-}
 
 /// Takes a chain's pieces: the first bytes are the header, the rest is the frame.
 struct FrameSink<'a> {
@@ -124,16 +92,42 @@ impl FrameSink<'_> {
     }
 }
 
-/// The header of the frame that a single buffer holds, if it holds a whole one behind its header.
-#[inline(always)]
-fn whole_frame(one: &One, header_len: u32) -> Option<RawHeader> {
-    let frame_len = one.len.checked_sub(header_len)?;
-    if !(MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&frame_len) {
-        return None;
-    }
-    // SAFETY: the buffer has `header_len` readable bytes.
-    Some(unsafe { read_header(one.addr, header_len) })
+/// The header at `addr`, in two parts: the second is needed only where something is owed. Each is read once.
+#[derive(Clone, Copy)]
+struct HeaderAt {
+    addr: *const u8,
+    len: u32,
 }
+
+impl HeaderAt {
+    /// # Safety
+    /// A header of 10 or 12 bytes at `self.addr`, at any alignment, is readable.
+    #[inline(always)]
+    unsafe fn low(self) -> u64 {
+        // SAFETY: the caller's promise; `Unaligned` has alignment 1. Volatile: the guest may write at the same time, and what is judged must
+        // be what is used.
+        u64::from_le(unsafe { read_volatile(self.addr.cast::<Unaligned<u64>>()) }.0)
+    }
+
+    /// # Safety
+    /// As [`Self::low`].
+    #[inline(always)]
+    unsafe fn high(self) -> u32 {
+        // SAFETY: as above.
+        unsafe {
+            let rest = self.addr.add(8);
+            if self.len == 12 {
+                u32::from_le(read_volatile(rest.cast::<Unaligned<u32>>()).0)
+            } else {
+                u32::from(u16::from_le(read_volatile(rest.cast::<Unaligned<u16>>()).0))
+            }
+        }
+    }
+}
+
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+struct Unaligned<T>(T);
 
 /// The header at `addr`, read once.
 ///
@@ -141,124 +135,141 @@ fn whole_frame(one: &One, header_len: u32) -> Option<RawHeader> {
 /// `header_len` bytes at `addr`, 12 or 10, are readable; any alignment.
 #[inline(always)]
 unsafe fn read_header(addr: *const u8, header_len: u32) -> RawHeader {
+    let header = HeaderAt { addr, len: header_len };
     // SAFETY: the caller's promise.
-    unsafe {
-        let low = u64::from_le(addr.cast::<u64>().read_unaligned());
-        let rest = addr.add(8);
-        let high = if header_len == 12 {
-            u32::from_le(rest.cast::<u32>().read_unaligned())
-        } else {
-            u32::from(u16::from_le(rest.cast::<u16>().read_unaligned()))
-        };
-        RawHeader { low, high }
-    }
+    unsafe { RawHeader { low: header.low(), high: header.high() } }
 }
 
 /// Takes at most [`BURST`] chains, as far as they fit into the burst. On a fault the chains before it were taken.
 pub(super) fn receive<F: Format>(
     queue: &mut F,
     core: &mut Core,
-    pending: &mut Pending,
     burst: &mut RxBurst,
     counters: &VringCounters,
 ) -> Result<(), Fault> {
-    let mut fault = None;
-    let mut bad = 0;
+    let (mut taken, mut bad) = (0, 0);
+    let mut result = Ok(());
     core.followed = 0;
-    queue.stage::<FrameSink<'_>>(core, BURST as u16);
-    // Frames in one buffer each, which is what most are; then whatever else there is, with care.
-    let room = burst.room().min(pending.room());
-    queue.prefetch_used(queue.staged().len() as u16);
-    let header_len = core.header_len;
-    let mut whole = 0;
-    for one in queue.staged().iter().take(room) {
-        let Some(header) = whole_frame(one, header_len) else { break };
-        // Put in afterwards: passed along with every frame, it would go through memory in pieces, and be waited for.
-        let owed = if header.owes_nothing() { None } else { Some(net_header::decode(header, core.features)) };
-        if let Some(Err(_)) = owed {
-            break;
-        }
-        // SAFETY: the buffer is longer than the header, and lies in guest memory, which stays mapped until the ring is stopped, which waits
-        // until the burst is over (grace period).
-        unsafe { burst.push_frame(one.addr.add(header_len as usize), one.len - header_len) };
-        if let Some(Ok(offload)) = owed {
-            burst.owe(offload);
-        }
-        pending.push(one.chain);
-        whole += 1;
-    }
-    queue.take_staged(whole);
-    for _ in usize::from(whole)..BURST {
-        if burst.is_full()
-            || pending.is_full()
+    let mut dry = queue.stage::<FrameSink<'_>>(core, BURST as u16, true);
+    let staged = queue.staged().len();
+    queue.prefetch_used(staged as u16);
+    loop {
+        // Frames in one buffer each, which is what most are.
+        taken += take_whole(queue, core, burst, BURST - taken);
+        if taken >= BURST
+            || dry && queue.staged().is_empty()
+            || burst.is_full()
+            || queue.room_to_hold() == 0
             || burst.segment_room() < MAX_FRAME_SEGMENTS
             || core.followed > MAX_BURST_DESCRIPTORS
         {
             break;
         }
-        let mut at = queue.position();
-        let mark = burst.segment_mark();
-        let mut sink = FrameSink {
-            burst,
-            header: RawHeader::default(),
-            scattered: [0; MAX_HEADER_BYTES],
-            header_left: core.header_len,
-            header_len: core.header_len,
-            frame_len: 0,
-            pieces: 0,
-        };
-        match queue.peek(core, &mut at, &mut sink) {
-            Ok(None) => break,
-            Ok(Some((chain, result))) => {
-                let verdict = result.and_then(|()| sink.finish(core.features));
-                pending.push(chain);
-                match verdict {
-                    Ok(offload) => {
-                        burst.finish_frame(mark, offload);
-                    }
-                    Err(reason) => {
-                        burst.abandon_frame(mark);
-                        burst.reject(reason);
-                        bad += 1;
-                    }
-                }
+        match take_any(queue, core, burst) {
+            Ok(Some(Ok(()))) => {}
+            Ok(Some(Err(reason))) => {
+                burst.reject(reason);
+                bad += 1;
             }
-            Err(f) => {
-                burst.abandon_frame(mark);
-                fault = Some(f);
+            Ok(None) => break,
+            Err(fault) => {
+                result = Err(fault);
                 break;
             }
         }
-        queue.advance(at);
+        taken += 1;
+        if queue.staged().is_empty() {
+            // Behind it there may be simple ones again.
+            dry = queue.stage::<FrameSink<'_>>(core, (BURST - taken) as u16, false);
+        }
     }
     if bad > 0 {
         counters.bad_chains.add(bad);
     }
-    match fault {
-        Some(f) => Err(f),
-        None => {
-            // The next burst's descriptors and headers come in while this one is worked on.
-            queue.stage::<FrameSink<'_>>(core, BURST as u16);
-            Ok(())
-        }
+    if result.is_ok() && taken > 0 {
+        // The next burst's descriptors and headers come in while this one is worked on.
+        queue.stage::<FrameSink<'_>>(core, BURST as u16, true);
     }
+    result
 }
 
-/// Returns all pending chains. True when the guest wants to be notified.
-pub(super) fn release<F: Format>(
+/// Takes staged chains, at most so many, as long as each holds a frame that owes a checksum at most. Returns how many.
+#[inline(always)]
+fn take_whole<F: Format>(queue: &mut F, core: &Core, burst: &mut RxBurst, most: usize) -> usize {
+    let header_len = core.header_len;
+    let most_owed = if core.features & feature::CSUM != 0 { net_header::OWED_CHECKSUM } else { 0 };
+    let mut filler = burst.fill();
+    let most = most.min(filler.room()).min(queue.room_to_hold());
+    let staged = queue.staged();
+    let staged = staged.get(..most).unwrap_or(staged);
+    for one in staged {
+        // Of a buffer shorter than the header this wraps, and is too long.
+        let len = one.len.wrapping_sub(header_len);
+        if !(MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&len) {
+            break;
+        }
+        let header = HeaderAt { addr: one.addr, len: header_len };
+        // SAFETY: the buffer is longer than the header.
+        let low = unsafe { header.low() };
+        let owed = net_header::owed(low);
+        if owed > most_owed {
+            break;
+        }
+        // SAFETY: there is room. The buffer has as many bytes behind its header; it lies in guest memory, which stays mapped until the ring is
+        // stopped, which waits until the burst is over (grace period).
+        unsafe { filler.push(one.addr.add(header_len as usize), len) };
+        if owed != 0 {
+            // Put in afterwards: passed along with every frame, it would go through memory in pieces, and be waited for.
+            // SAFETY: one was added; as for the low part.
+            unsafe { filler.owe(net_header::owed_checksum(RawHeader { low, high: header.high() })) };
+        }
+    }
+    let taken = filler.added();
+    drop(filler);
+    queue.hold_staged(taken as u16);
+    taken
+}
+
+/// Takes the next chain, whatever it is. `None`: there is none. An error within says why it holds no frame.
+fn take_any<F: Format>(
     queue: &mut F,
     core: &mut Core,
-    pending: &mut Pending,
-    counters: &VringCounters,
-) -> bool {
-    if pending.len == 0 {
+    burst: &mut RxBurst,
+) -> Result<Option<Result<(), DropReason>>, Fault> {
+    let mut at = queue.position();
+    let mark = burst.segment_mark();
+    let mut sink = FrameSink {
+        burst,
+        header: RawHeader::default(),
+        scattered: [0; MAX_HEADER_BYTES],
+        header_left: core.header_len,
+        header_len: core.header_len,
+        frame_len: 0,
+        pieces: 0,
+    };
+    let found = queue.peek(core, &mut at, &mut sink);
+    let verdict = match &found {
+        Ok(Some((_, result))) => result.and_then(|()| sink.finish(core.features)),
+        _ => Err(DropReason::RxBadDescriptor),
+    };
+    match verdict {
+        Ok(offload) => {
+            burst.finish_frame(mark, offload);
+        }
+        Err(_) => burst.abandon_frame(mark),
+    }
+    let Some((chain, _)) = found? else { return Ok(None) };
+    queue.hold(core, chain);
+    queue.advance(at);
+    Ok(Some(verdict.map(|_| ())))
+}
+
+/// Returns all chains that were received. True when the guest wants to be notified.
+pub(super) fn release<F: Format>(queue: &mut F, core: &mut Core, counters: &VringCounters) -> bool {
+    let held = queue.held();
+    if held == 0 {
         return false;
     }
-    for chain in pending.chains.iter().take(pending.len) {
-        // Length 0: nothing was written into a device-readable buffer.
-        queue.put_used(core, *chain, 0);
-    }
-    counters.chains.add(pending.len as u64);
-    pending.len = 0;
-    queue.publish(core)
+    counters.chains.add(held as u64);
+    queue.release(core)
 }

@@ -1,11 +1,10 @@
 //! Split virtqueues (virtio 1.3, 2.7): a descriptor table, and two rings of indexes into it.
 #![allow(unsafe_code)] // Its job: atomic access to the rings in guest memory.
-use core::ptr::write_volatile;
 use core::sync::atomic::{AtomicU16, Ordering, fence};
 
 use ferry_dataplane::counters::DropReason;
 
-use super::chain::{self, INDIRECT, NEXT, Table, Words};
+use super::chain::{self, INDIRECT, NEXT, Table, WRITE, Words};
 use super::stage::{One, Stage};
 use super::{Chain, Core, Fault, FaultKind, Format, Found, Sink};
 
@@ -54,7 +53,8 @@ pub(crate) struct Split {
     next_avail: Number,
     /// The driver's available index as last read: chains before it are known to be there.
     avail_seen: Number,
-    /// Used index including entries that are written but not published.
+    /// Used index including entries that are written but not published. Chains that are held have such entries: nobody looks at them
+    /// before the index says so, and a ring that is stopped goes on from the index.
     next_used: Number,
     /// Used index that the driver can see.
     published: Number,
@@ -72,6 +72,31 @@ pub(super) fn need_event(event: u16, new: u16, old: u16) -> bool {
 }
 
 impl Areas {
+    /// Fills `places` with the chains from available index `at` on, as far as they are simple. Returns how many were filled.
+    #[inline(always)]
+    fn stage_simple<S: Sink>(self, core: &mut Core, at: u16, places: &mut [One]) -> usize {
+        let direction = if S::WRITABLE { WRITE } else { 0 };
+        let (mask, size) = (self.size.0 - 1, self.size.0);
+        let first = u32::from(at);
+        let mut at = first;
+        let mut view = core.cursor.view();
+        for place in places {
+            let head = u32::from(self.head_in((at & mask) as usize));
+            if head >= size {
+                break;
+            }
+            // SAFETY: head < size, so the descriptor lies in the table.
+            let (gpa, len, flags) = unsafe { chain::read_fields(self.desc.add(16 * head as usize)) };
+            if flags & (NEXT | INDIRECT | WRITE) != direction {
+                break;
+            }
+            let Some(addr) = chain::one::<S>(core, &mut view, gpa, len) else { break };
+            *place = One { id: head, len, addr, gpa };
+            at += 1;
+        }
+        (at - first) as usize
+    }
+
     /// Fetches the beginnings of `count` chains' first buffers, those from available index `at` on.
     #[inline(never)]
     fn prefetch<S: Sink>(self, core: &mut Core, at: u16, count: u16) {
@@ -99,8 +124,31 @@ impl Areas {
     /// Number of the head descriptor at available index `at`.
     #[inline(always)]
     fn head(&self, at: u16) -> u16 {
-        let slot = usize::from(at & (self.size.get() - 1));
+        self.head_in(usize::from(at & (self.size.get() - 1)))
+    }
+    /// The same, of a place below the ring's size.
+    #[inline(always)]
+    fn head_in(&self, slot: usize) -> u16 {
         u16::from_le(self.avail_field(RING + 2 * slot).load(Ordering::Relaxed))
+    }
+
+    /// Writes the used ring's entries for `chains` from used index `next` on. `WRITTEN`: [`One::len`] is what was written into each; otherwise
+    /// nothing was.
+    #[inline(always)]
+    fn enter<const WRITTEN: bool>(self, next: u16, chains: &[One]) {
+        let slot = usize::from(next & (self.size.get() - 1));
+        let (before, behind) = chains.split_at(chains.len().min(usize::from(self.size.get()) - slot));
+        for (slot, chains) in [(slot, before), (0, behind)] {
+            let mut entry = self.used.wrapping_add(RING + 8 * slot).cast::<u64>();
+            for one in chains {
+                let len = if WRITTEN { u64::from(one.len) } else { 0 };
+                // 2.7.8: the head's number, and above it the bytes written.
+                // SAFETY: the entry, aligned to 4 bytes, lies in the used ring: chains that were taken and not returned are no more than it
+                // has. The driver does not read it before the index says so.
+                unsafe { entry.write_unaligned((u64::from(one.id) | len << 32).to_le()) };
+                entry = entry.wrapping_add(1);
+            }
+        }
     }
 
     #[inline(always)]
@@ -146,6 +194,16 @@ impl Split {
     #[inline(always)]
     fn avail_event_offset(&self) -> usize {
         RING + 8 * usize::from(self.areas.size.get())
+    }
+
+    /// Takes staged chains and enters them into the used ring.
+    #[inline(always)]
+    fn enter_staged<const WRITTEN: bool>(&mut self, chains: u16) {
+        let entered = self.stage.chains().get(..usize::from(chains)).unwrap_or_default();
+        self.areas.enter::<WRITTEN>(self.next_used.get(), entered);
+        self.next_used.set(self.next_used.get().wrapping_add(chains));
+        self.stage.forget(chains);
+        self.next_avail.set(self.next_avail.get().wrapping_add(chains));
     }
 
     /// Reads the driver's available index. 2.7.13.3: acquire, so that entries and descriptors behind it are read after.
@@ -242,44 +300,32 @@ impl Format for Split {
         Ok(Some((Chain { id: head, slots: 1 }, result)))
     }
 
-    fn stage<S: Sink>(&mut self, core: &mut Core, count: u16) {
+    fn stage<S: Sink>(&mut self, core: &mut Core, count: u16, beyond: bool) -> bool {
         let have = self.stage.len();
         if have >= count {
-            return;
+            return false;
         }
         let next = self.next_avail.get();
-        if self.avail_seen.get().wrapping_sub(next) < count {
-            // A fault found here is found again, and reported, by the next peek.
-            let _ = self.refresh();
+        // A fault found here is found again, and reported, by the next peek.
+        if self.avail_seen.get().wrapping_sub(next) < count && self.refresh().is_err() {
+            return false;
         }
-        let known = self.avail_seen.get().wrapping_sub(next).min(count);
-        for i in have..known {
-            chain::prefetch_read(self.areas.desc_ptr(self.areas.head(next.wrapping_add(i))));
-        }
+        let known = self.avail_seen.get().wrapping_sub(next);
+        let wanted = known.min(count);
         let areas = self.areas;
-        let mut staged = 0;
-        let mut places = self.stage.room().iter_mut();
-        for i in have..known {
-            let head = areas.head(next.wrapping_add(i));
-            if head >= areas.size.get() {
-                break;
-            }
-            // SAFETY: head < size, so the descriptor lies in the table.
-            let words = unsafe { Words::read(areas.desc_ptr(head)) };
-            let chain = Chain { id: head, slots: 1 };
-            match (chain::one::<S>(core, words, words.third(), chain), places.next()) {
-                (Some(one), Some(place)) => {
-                    *place = one;
-                    staged += 1;
-                }
-                _ => {
-                    // What comes behind one that is not simple has to wait, but the buffers may come already.
-                    areas.prefetch::<S>(core, next.wrapping_add(i), known - i);
-                    break;
-                }
-            }
+        // Four descriptors to a cache line, which mostly come one after another.
+        for i in (have..wanted).step_by(4) {
+            chain::prefetch_read(areas.desc_ptr(areas.head(next.wrapping_add(i))));
         }
+        let places = self.stage.room().get_mut(..usize::from(wanted.saturating_sub(have))).unwrap_or_default();
+        let staged = areas.stage_simple::<S>(core, next.wrapping_add(have), places);
         self.stage.add(staged);
+        let ready = have + staged as u16;
+        if beyond && ready < wanted {
+            // What comes behind one that is not simple has to wait, but the buffers may come already.
+            areas.prefetch::<S>(core, next.wrapping_add(ready), wanted - ready);
+        }
+        ready == known
     }
 
     #[inline(always)]
@@ -292,26 +338,47 @@ impl Format for Split {
     }
 
     #[inline(always)]
-    fn staged(&self) -> &[One] {
-        self.stage.chains()
+    fn staged(&mut self) -> &mut [One] {
+        self.stage.chains_mut()
     }
 
     #[inline(always)]
-    fn take_staged(&mut self, chains: u16) {
-        self.stage.forget(chains);
-        self.next_avail.set(self.next_avail.get().wrapping_add(chains));
+    fn use_staged(&mut self, _core: &mut Core, chains: u16) {
+        self.enter_staged::<true>(chains);
     }
 
     #[inline(always)]
     fn put_used(&mut self, _core: &mut Core, chain: Chain, len: u32) {
-        let slot = usize::from(self.next_used.get() & (self.areas.size.get() - 1));
-        // SAFETY: the entry lies in the used ring and is 4-aligned; the driver does not read it before the index says so.
-        unsafe {
-            let entry = self.areas.used.add(RING + 8 * slot).cast::<u32>();
-            write_volatile(entry, u32::from(chain.id).to_le());
-            write_volatile(entry.add(1), len.to_le());
-        }
+        let one = One { id: u32::from(chain.id), len, addr: core::ptr::null_mut(), gpa: 0 };
+        self.areas.enter::<true>(self.next_used.get(), &[one]);
         self.next_used.set(self.next_used.get().wrapping_add(1));
+    }
+
+    #[inline(always)]
+    fn room_to_hold(&self) -> usize {
+        // Chains that are taken and not returned are at most as many as the ring has, and each has its entry in the used ring.
+        usize::MAX
+    }
+
+    #[inline(always)]
+    fn hold(&mut self, core: &mut Core, chain: Chain) {
+        self.put_used(core, chain, 0);
+    }
+
+    #[inline(always)]
+    fn hold_staged(&mut self, chains: u16) {
+        self.enter_staged::<false>(chains);
+    }
+
+    #[inline(always)]
+    fn held(&self) -> usize {
+        usize::from(self.next_used.get().wrapping_sub(self.published.get()))
+    }
+
+    #[inline(always)]
+    fn release(&mut self, core: &mut Core) -> bool {
+        // The entries were written when the chains were received.
+        self.publish(core)
     }
 
     fn publish(&mut self, core: &mut Core) -> bool {

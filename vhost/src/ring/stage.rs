@@ -4,17 +4,17 @@
 //! that is stopped forgets what was staged.
 use ferry_dataplane::frame::BURST;
 
-use super::Chain;
-
-/// A chain of one buffer, mapped in one piece.
+/// A chain of one buffer, mapped in one piece, which takes one place in its ring.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub(crate) struct One {
-    pub(super) chain: Chain,
+    /// As [`super::Chain`] has it; in a word of 32 bits, so that it is loaded as it was stored.
+    pub(super) id: u32,
+    /// Bytes, not 0; when it is used, those that were written into it.
+    pub(super) len: u32,
     /// Where it is mapped, and its guest address.
     pub(super) addr: *mut u8,
     pub(super) gpa: u64,
-    /// Bytes, not 0.
-    pub(super) len: u32,
 }
 
 /// The next chains of a ring, oldest first, as far as they have but one buffer: those from `first` up to `end` of the places.
@@ -26,7 +26,7 @@ pub(super) struct Stage {
 
 impl Stage {
     pub fn new() -> Self {
-        let none = One { chain: Chain::default(), addr: core::ptr::null_mut(), gpa: 0, len: 0 };
+        let none = One { id: 0, len: 0, addr: core::ptr::null_mut(), gpa: 0 };
         Self { places: Box::new([none; BURST]), first: 0, end: 0 }
     }
 
@@ -39,13 +39,21 @@ impl Stage {
     pub fn chains(&self) -> &[One] {
         self.places.get(self.first..self.end).unwrap_or_default()
     }
+    #[inline(always)]
+    pub fn chains_mut(&mut self) -> &mut [One] {
+        self.places.get_mut(self.first..self.end).unwrap_or_default()
+    }
 
     /// The places behind the last chain; to be filled from the first on. [`Self::add`] tells how many were.
     #[inline(always)]
     pub fn room(&mut self) -> &mut [One] {
-        self.places.copy_within(self.first..self.end, 0);
-        self.end -= self.first;
-        self.first = 0;
+        if self.first != 0 {
+            if self.first != self.end {
+                self.places.copy_within(self.first..self.end, 0);
+            }
+            self.end -= self.first;
+            self.first = 0;
+        }
         self.places.get_mut(self.end..).unwrap_or_default()
     }
 
@@ -74,14 +82,14 @@ mod tests {
             let wanted = round % 70;
             let mut filled = 0;
             for place in stage.room().iter_mut().take(wanted) {
-                place.chain.id = put;
+                place.id = u32::from(put);
                 put += 1;
                 filled += 1;
             }
             stage.add(filled);
             assert_eq!(stage.len(), put - got);
-            let ids: Vec<u16> = stage.chains().iter().map(|one| one.chain.id).collect();
-            assert_eq!(ids, (got..put).collect::<Vec<_>>());
+            let ids: Vec<u32> = stage.chains().iter().map(|one| one.id).collect();
+            assert_eq!(ids, (u32::from(got)..u32::from(put)).collect::<Vec<_>>());
             let forgotten = (round * 7 % 40) as u16;
             got += stage.len().min(forgotten);
             stage.forget(forgotten);

@@ -3,10 +3,9 @@
 //! A frame either goes in whole or leaves the ring as it was: buffers are looked for first, and taken only when they
 //! suffice. The one exception are malformed chains, which go back to the guest unused so that they cannot block the ring.
 #![allow(unsafe_code)] // Its job: writing into guest buffers.
-use arrayvec::ArrayVec;
 use ferry_dataplane::copy::copy;
 use ferry_dataplane::counters::DropReason;
-use ferry_dataplane::frame::{BURST, TxFrame};
+use ferry_dataplane::frame::{BURST, Body, Frames, TxFrame};
 use ferry_dataplane::port::TxReport;
 
 use super::{Chain, Core, Fault, Format, MAX_BURST_DESCRIPTORS, Sink, VringCounters};
@@ -119,76 +118,57 @@ impl From<Fault> for Obstacle {
     }
 }
 
-/// Refuses every chosen frame.
-pub(super) fn refuse(frames: &[TxFrame<'_>], chosen: u64, report: &mut TxReport, reason: DropReason) {
-    for i in 0..frames.len().min(BURST) {
-        if chosen >> i & 1 != 0 {
-            report.refuse(i, reason);
-        }
-    }
-}
-
 /// Sends the chosen frames in order and makes them visible. Returns whether the guest wants to be notified, and the
 /// fault that ended the burst early.
-pub(super) fn send<F: Format>(
+pub(super) fn send<'f, F: Format>(
     queue: &mut F,
     core: &mut Core,
     scratch: &mut Scratch,
-    frames: &[TxFrame<'_>],
+    frames: impl Fn(usize) -> Option<TxFrame<'f>> + Copy,
     chosen: u64,
     report: &mut TxReport,
     counters: &VringCounters,
 ) -> (bool, Option<Fault>) {
-    queue.stage::<RoomSink<'_>>(core, frames.len().min(BURST) as u16);
-    queue.prefetch_used(frames.len().min(BURST) as u16);
+    let count = chosen.count_ones() as u16;
+    queue.stage::<RoomSink<'_>>(core, count, true);
+    queue.prefetch_used(count);
     core.followed = 0;
-    let mut lens = ArrayVec::<u32, BURST>::new();
-    let mut accepted = 0u64;
-    // Frames that fit into one buffer each, which is what most do; then whatever else there is, with care.
-    let mut rest = frames.len().min(BURST);
-    let mut staged = queue.staged().iter();
-    for (i, frame) in frames.iter().enumerate().take(BURST) {
-        if chosen >> i & 1 == 0 {
-            continue;
-        }
-        let need = frame.len().saturating_add(core.header_len);
-        let header = net_header::encode(&frame.offload, 1, core.features);
-        let (Ok(header), Some(one)) = (header, staged.next().filter(|one| one.len >= need)) else {
-            rest = i;
-            break;
-        };
-        // SAFETY: the buffer was translated from a checked descriptor, holds `need` bytes, and stays mapped until the ring is stopped; the
-        // frame's own bytes are readable until its burst is released.
-        unsafe { write_frame_at(one.addr, header, core.header_len, frame) };
-        core.log_data(one.gpa, need);
-        let _ = lens.try_push(need);
-        accepted |= 1 << i;
-    }
-    let mut used = lens.len() as u64;
-    queue.use_staged(core, &lens);
+    let (mut left, mut refused, mut used) = (chosen, 0, 0);
     let mut fault = None;
-    for (i, frame) in frames.iter().enumerate().take(BURST).skip(rest) {
-        if chosen >> i & 1 == 0 {
-            continue;
-        }
-        if fault.is_some() {
-            report.refuse(i, DropReason::TxNotReady);
-            continue;
-        }
-        if core.followed > MAX_BURST_DESCRIPTORS {
-            report.refuse(i, DropReason::TxQueueFull);
-            continue;
-        }
-        match place(queue, core, scratch, frame, &mut used, counters) {
-            Ok(()) => accepted |= 1 << i,
-            Err(Obstacle::Frame(reason)) => report.refuse(i, reason),
+    loop {
+        // Frames that fit into one buffer each, which is what most do.
+        let sent = send_staged(queue, core, frames, &mut left);
+        used += u64::from(sent);
+        let Some(i) = Frames(left).next() else { break };
+        left &= left - 1;
+        let placed = if core.followed > MAX_BURST_DESCRIPTORS {
+            Err(Obstacle::Frame(DropReason::TxQueueFull))
+        } else if let Some(frame) = frames(i) {
+            place(queue, core, scratch, &frame, &mut used, counters)
+        } else {
+            Err(Obstacle::Frame(DropReason::TxNotReady))
+        };
+        match placed {
+            Ok(()) => {
+                if queue.staged().is_empty() {
+                    // The next ones may fit again.
+                    queue.stage::<RoomSink<'_>>(core, left.count_ones() as u16, false);
+                }
+            }
+            Err(Obstacle::Frame(reason)) => {
+                report.refuse(i, reason);
+                refused |= 1 << i;
+            }
             Err(Obstacle::Ring(f)) => {
                 report.refuse(i, DropReason::TxBadDescriptor);
+                report.refuse_all(left, DropReason::TxNotReady);
+                refused |= left | 1 << i;
                 fault = Some(f);
+                break;
             }
         }
     }
-    report.accepted |= accepted;
+    report.accepted |= chosen & !refused;
     let notify = if used > 0 {
         counters.chains.add(used);
         queue.publish(core)
@@ -197,9 +177,45 @@ pub(super) fn send<F: Format>(
     };
     if fault.is_none() {
         // The buffers of the next burst come in while this one travels.
-        queue.stage::<RoomSink<'_>>(core, BURST as u16);
+        queue.stage::<RoomSink<'_>>(core, BURST as u16, true);
     }
     (notify, fault)
+}
+
+/// Sends frames, those whose bits are set in `left`, as long as each fits into the next staged chain and is not to be segmented. Returns how
+/// many; their bits are taken away.
+#[inline(always)]
+fn send_staged<'f, F: Format>(
+    queue: &mut F,
+    core: &mut Core,
+    frames: impl Fn(usize) -> Option<TxFrame<'f>>,
+    left: &mut u64,
+) -> u16 {
+    let header_len = core.header_len;
+    let checksums = core.features & feature::GUEST_CSUM != 0;
+    let mut rest = *left;
+    let staged = queue.staged();
+    let most = staged.len().min(rest.count_ones() as usize);
+    for one in staged.iter_mut().take(most) {
+        let Some(frame) = frames(rest.trailing_zeros() as usize) else { break };
+        let Some(header) = net_header::encode_simple(&frame.offload, checksums) else { break };
+        let need = u64::from(header_len) + frame.head.len() as u64 + u64::from(frame.body.len());
+        if u64::from(one.len) < need {
+            break;
+        }
+        one.len = need as u32;
+        // SAFETY: the buffer was translated from a checked descriptor, holds `need` bytes, and stays mapped until the ring is stopped; the
+        // frame's own bytes are readable until its burst is released.
+        unsafe { write_frame_at(one.addr, header, header_len, &frame) };
+        rest &= rest.wrapping_sub(1);
+    }
+    let sent = (*left ^ rest).count_ones() as u16;
+    *left = rest;
+    if core.log.is_some() {
+        queue.staged().iter().take(usize::from(sent)).for_each(|one| core.log_data(one.gpa, one.len));
+    }
+    queue.use_staged(core, sent);
+    sent
 }
 
 /// Places one frame, into whatever chains there are.
@@ -327,11 +343,19 @@ unsafe fn write_frame_at(mut to: *mut u8, header: RawHeader, header_len: u32, fr
         }
         to = to.add(header_len as usize);
         copy(to, frame.head.as_ptr(), frame.head.len());
-        if frame.body.is_empty() {
-            return;
+        if !frame.body.is_empty() {
+            write_body(to.add(frame.head.len()), frame.body);
         }
-        to = to.add(frame.head.len());
-        for (src, len) in frame.body.pieces() {
+    }
+}
+
+/// # Safety
+/// The buffer at `to` is mapped, writable and holds the body, whose bytes are readable.
+#[inline(never)]
+unsafe fn write_body(mut to: *mut u8, body: Body<'_>) {
+    for (src, len) in body.pieces() {
+        // SAFETY: each piece lies inside the buffer.
+        unsafe {
             copy(to, src, len as usize);
             to = to.add(len as usize);
         }
