@@ -131,6 +131,13 @@ impl Net {
         self.settle();
     }
 
+    /// The same with several frames, which the switch finds at once.
+    fn send_all(&self, wire: &Wire, frames: &[Vec<u8>]) {
+        wire.put_all(frames);
+        self.sent.set(self.sent.get() + frames.len() as u64);
+        self.settle();
+    }
+
     fn settle(&self) {
         let end = Instant::now() + Duration::from_secs(10);
         loop {
@@ -798,4 +805,106 @@ fn forgotten_windows_are_learned_from_one_packet_of_each_direction() {
     let connections = net.connections(0);
     assert_eq!(connections.len(), 4);
     assert!(connections.iter().filter(|c| c.key.local_port == 80 && c.assured()).count() == 2);
+}
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+    }
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.next() as usize % from.len()]
+    }
+    fn one_in(&mut self, n: u64) -> bool {
+        self.next().is_multiple_of(n)
+    }
+}
+
+/// Some frame from station `from`, mostly like those before: `habit` is its last peer, port, and whether it was UDP.
+fn some_frame(random: &mut Random, from: (u64, Ipv4Addr), habit: &mut (usize, u16, bool)) -> Vec<u8> {
+    const STATIONS: [(u64, Ipv4Addr); 4] =
+        [(A_MAC, A), (B_MAC, B), (OUT_MAC, OUT), (0x0200_0000_0077, Ipv4Addr::new(10, 0, 0, 77))];
+    if random.one_in(4) {
+        *habit = (random.pick(&[0, 1, 2, 2, 3]), random.pick(&[80, 1000, 1001, 1002]), random.one_in(2));
+    }
+    let &mut (peer, port, is_udp) = habit;
+    let to = STATIONS[peer];
+    let (own, other) = if from.0 == OUT_MAC { (port + 3000, port) } else { (port, port + 3000) };
+    let (src, dst) = ((from.0, from.1, own), (to.0, to.1, other));
+    let data = &[7; 90][..random.pick(&[0, 1, 18, 90])];
+    let mut frame = if is_udp {
+        udp(src, dst, data)
+    } else {
+        let flags = random.pick(&[SYN, ACK, ACK, ACK, ACK, SYN_ACK, 0x11, RST_ACK]);
+        let number = 1000 + random.next() as u32 % 64;
+        tcp(src, dst, flags, number, if flags == SYN { 0 } else { 1000 + random.next() as u32 % 64 }, data)
+    };
+    match random.next() % 40 {
+        0 => frame[random.pick(&[0, 5, 6, 11])] ^= 0x40,
+        1 => frame[26 + random.next() as usize % 8] ^= 1,
+        2 => frame.truncate(random.pick(&[13, 14, 20, 34, 40])),
+        3 => *frame.last_mut().unwrap() ^= 1,
+        4 => {
+            frame.splice(12..12, [0x81, 0, 0, random.pick(&[0, 9])]);
+        }
+        5 => frame = arp(from.0, from.1, to.1),
+        6 => frame[20] = 0x20,
+        7 => frame.resize(frame.len() + 8, 0),
+        _ => {}
+    }
+    frame
+}
+
+/// What the switch makes of frames does not depend on which of them it finds together: the short ways through a burst, by stretches and
+/// trains, lead where each frame by itself would come to.
+#[test]
+fn a_burst_is_judged_as_its_frames_one_by_one() {
+    let nets = [0, 1].map(|_| {
+        Net::new(&["web", "friends"], |vm, _| {
+            vm.limits.new_per_second = 0;
+        })
+    });
+    let [together, singly] = &nets;
+    for wire in [&singly.a, &singly.b, &singly.out] {
+        wire.burst_frames.store(1, Ordering::Relaxed);
+    }
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut arrived = 0;
+    for round in 0..400 {
+        let sender = round % 3;
+        let from = [(A_MAC, A), (B_MAC, B), (OUT_MAC, OUT)][sender];
+        let mut habit = (2, 80, true);
+        let frames: Vec<_> = (0..random.next() % 64 + 1).map(|_| some_frame(&mut random, from, &mut habit)).collect();
+        let wires = |net: &Net| [&net.a, &net.b, &net.out].map(Arc::clone);
+        together.send_all(&wires(together)[sender], &frames);
+        singly.send_all(&wires(singly)[sender], &frames);
+        for (port, (one, other)) in wires(together).iter().zip(wires(singly)).enumerate() {
+            let (one, other) = (one.take(), other.take());
+            assert_eq!(one, other, "round {round}, port {port}");
+            arrived += one.len();
+        }
+        for vm in 0..2 {
+            let of = |net: &Net| {
+                let mut all = net.connections(vm);
+                all.sort_by_key(|c| format!("{:?}", c.key));
+                // Each change is a version, and packets that come together are one change.
+                all.iter_mut().for_each(|c| c.version = 0);
+                all
+            };
+            assert_eq!(of(together), of(singly), "round {round}, VM {vm}");
+        }
+        if round % 4 == 3 {
+            nets.iter().for_each(|net| net.later(if round % 40 == 39 { 31_000 } else { 200 }));
+        }
+    }
+    assert!(arrived > 3000, "{arrived}");
+    let denials = |net: &Net| {
+        let stats = net.switch.firewall_stats();
+        net.ports.map(|port| stats.get(&port).map(|s| (s.ingress.denied.clone(), s.egress.denied.clone())))
+    };
+    assert_eq!(denials(together), denials(singly));
 }

@@ -28,6 +28,8 @@ pub struct Wire {
     pub room: AtomicU32,
     /// Cut received frames into segments of this many bytes; 0: one segment.
     pub segment_bytes: AtomicU32,
+    /// At most so many frames are received at a time; 0: as many as a burst takes.
+    pub burst_frames: AtomicU32,
 }
 
 impl Wire {
@@ -44,6 +46,10 @@ impl Wire {
     /// Queues a frame that owes work.
     pub fn put_offload(&self, frame: &[u8], offload: Offload) {
         lock(&self.to_switch).push_back((frame.to_vec(), offload));
+    }
+    /// Queues plain frames for the switch, which finds all of them at once.
+    pub fn put_all(&self, frames: &[Vec<u8>]) {
+        lock(&self.to_switch).extend(frames.iter().map(|frame| (frame.clone(), Offload::default())));
     }
     /// Takes everything the switch has sent.
     pub fn take(&self) -> Vec<Vec<u8>> {
@@ -76,8 +82,13 @@ pub struct MemRx {
 impl RxQueue for MemRx {
     fn receive(&mut self, _guard: &Guard, burst: &mut RxBurst) {
         let cut = self.wire.segment_bytes.load(Ordering::Relaxed) as usize;
-        while !burst.is_full() && burst.segment_room() > 2048 {
-            let Some((frame, offload)) = lock(&self.wire.to_switch).pop_front() else { break };
+        let mut queue = lock(&self.wire.to_switch);
+        let most = match self.wire.burst_frames.load(Ordering::Relaxed) {
+            0 => usize::MAX,
+            most => most as usize,
+        };
+        while !burst.is_full() && burst.len() < most && burst.segment_room() > 2048 {
+            let Some((frame, offload)) = queue.pop_front() else { break };
             let mark = burst.segment_mark();
             let step = if cut == 0 { frame.len().max(1) } else { cut };
             for piece in frame.chunks(step) {
