@@ -624,6 +624,17 @@ impl<'a> Body<'a> {
         Pieces { segments: self.segments.iter(), skip: self.skip, left: self.len }
     }
 
+    /// Address and length, when the frame has but one segment.
+    #[inline(always)]
+    pub fn in_one_piece(&self) -> Option<(*const u8, u32)> {
+        match self.segments {
+            [only] if self.skip <= only.len && self.len <= only.len - self.skip => {
+                Some((only.addr.wrapping_add(self.skip as usize), self.len))
+            }
+            _ => None,
+        }
+    }
+
     /// Copies into private memory; returns how many bytes were copied (`min` of both lengths).
     #[inline]
     pub fn read(&self, dst: &mut [u8]) -> usize {

@@ -269,8 +269,9 @@ impl Sender {
         let Some(meta) = burst.meta(i) else { return Plan::Refuse(DropReason::RxBadHeader) };
         let owed = meta.offload;
         let plain = owed.gso == Gso::None;
-        if action == VlanAction::Keep && is_plain(meta, caps) {
-            return if too_long(meta.len, caps) { Plan::Refuse(DropReason::TxTooLong) } else { Plan::AsIs };
+        if action == VlanAction::Keep && takes_over(&owed, caps) {
+            let too_long = too_long(wire_len(&owed, meta.len), caps);
+            return if too_long { Plan::Refuse(DropReason::TxTooLong) } else { Plan::AsIs };
         }
         let snapshot = burst.snapshot(i);
         let Some(Head(head)) = self.heads.get_mut(slot) else { return Plan::Refuse(DropReason::OffloadFailed) };
@@ -297,19 +298,10 @@ impl Sender {
             }
             return Plan::Rewritten { head_len, replaced, offload };
         }
-        // The size on the wire after segmentation decides whether the output can carry it.
-        let segment = u32::from(offload.hdr_len) + u32::from(offload.gso_size);
-        if too_long(segment.min(len), caps) {
+        if too_long(wire_len(&offload, len), caps) {
             return Plan::Refuse(DropReason::TxTooLong);
         }
-        let device_segments = caps.csum
-            && match offload.gso {
-                Gso::TcpV4 => caps.tso4,
-                Gso::TcpV6 => caps.tso6,
-                Gso::None => true,
-            }
-            && (!offload.ecn || caps.ecn);
-        if device_segments {
+        if takes_over(&offload, caps) {
             Plan::Rewritten { head_len, replaced, offload }
         } else {
             Plan::Segment { head_len, replaced, offload }
@@ -500,13 +492,31 @@ fn goes_as_is(burst: &RxBurst, batch: &Batch, caps: &TxCapabilities) -> bool {
 
 #[inline(never)]
 fn go_as_they_are(burst: &RxBurst, frames: u64, caps: &TxCapabilities) -> bool {
-    Frames(frames).all(|i| burst.meta(i).is_some_and(|meta| is_plain(meta, caps) && !too_long(meta.len, caps)))
+    Frames(frames).all(|i| {
+        let goes =
+            |meta: &FrameMeta| takes_over(&meta.offload, caps) && !too_long(wire_len(&meta.offload, meta.len), caps);
+        burst.meta(i).is_some_and(goes)
+    })
 }
 
 /// Nothing is owed that the output does not take over.
 #[inline(always)]
-fn is_plain(meta: &FrameMeta, caps: &TxCapabilities) -> bool {
-    meta.offload.gso == Gso::None && (!meta.offload.needs_csum || caps.csum)
+fn takes_over(owed: &Offload, caps: &TxCapabilities) -> bool {
+    let segments = match owed.gso {
+        Gso::None => return !owed.needs_csum || caps.csum,
+        Gso::TcpV4 => caps.tso4,
+        Gso::TcpV6 => caps.tso6,
+    };
+    segments && caps.csum && (!owed.ecn || caps.ecn)
+}
+
+/// The size on the wire, after segmentation: it decides whether the output can carry a frame.
+#[inline(always)]
+fn wire_len(owed: &Offload, len: u32) -> u32 {
+    match owed.gso {
+        Gso::None => len,
+        _ => len.min(u32::from(owed.hdr_len) + u32::from(owed.gso_size)),
+    }
 }
 
 #[inline]

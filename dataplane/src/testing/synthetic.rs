@@ -21,7 +21,7 @@ use crate::firewall::spoof::SpoofTable;
 use crate::firewall::{
     AddressBook, CompileOptions, Direction, PolicyDocument, PortPolicy, Rule, SecurityGroup, compile,
 };
-use crate::frame::{BURST, Offload, RxBurst, TxFrame};
+use crate::frame::{BURST, Frames, Offload, RxBurst, TxFrame};
 use crate::packet::ethernet::MacAddr;
 use crate::pmd::{Command, IdleTuning, Kinds, PmdCounters, PolledQueue, Sleeper, mailbox};
 use crate::port::{Armed, RxQueue, TxCapabilities, TxPort, TxReport, Wake};
@@ -142,6 +142,18 @@ impl TxPort for SyntheticTx {
             report.accept(i);
         }
         self.0.taken.store(self.taken() + frames.len() as u64, Relaxed);
+    }
+    fn send_received(&self, _guard: &Guard, _lane: usize, burst: &RxBurst, frames: u64, report: &mut TxReport) {
+        // SAFETY: see `Sink`.
+        let sink = unsafe { &mut *self.0.bytes.get() };
+        for (i, slot) in Frames(frames).zip(sink.chunks_exact_mut(SLOT_BYTES)) {
+            let Some(frame) = burst.as_received(i) else { continue };
+            let Some((head, rest)) = slot.split_at_mut_checked(frame.head.len()) else { continue };
+            head.copy_from_slice(frame.head);
+            frame.body.read(rest);
+        }
+        report.accepted |= frames;
+        self.0.taken.store(self.taken() + u64::from(frames.count_ones()), Relaxed);
     }
     fn flush(&self, _guard: &Guard, _lane: usize) {}
 }

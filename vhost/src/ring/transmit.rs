@@ -196,7 +196,7 @@ fn send_staged<'f, F: Format>(
     let mut rest = *left;
     let staged = queue.staged();
     let most = staged.len().min(rest.count_ones() as usize);
-    for one in staged.iter_mut().take(most) {
+    for one in staged.get_mut(..most).unwrap_or_default() {
         let Some(frame) = frames(rest.trailing_zeros() as usize) else { break };
         let Some(header) = net_header::encode_simple(&frame.offload, checksums) else { break };
         let need = u64::from(header_len) + frame.head.len() as u64 + u64::from(frame.body.len());
@@ -353,6 +353,11 @@ unsafe fn write_frame_at(mut to: *mut u8, header: RawHeader, header_len: u32, fr
 /// The buffer at `to` is mapped, writable and holds the body, whose bytes are readable.
 #[inline(never)]
 unsafe fn write_body(mut to: *mut u8, body: Body<'_>) {
+    if let Some((src, len)) = body.in_one_piece() {
+        // SAFETY: as said.
+        unsafe { copy(to, src, len as usize) };
+        return;
+    }
     for (src, len) in body.pieces() {
         // SAFETY: each piece lies inside the buffer.
         unsafe {
