@@ -485,6 +485,12 @@ impl<'a> Segments<'a> {
     }
 }
 
+/// A bit for each of the frames `first..end` of a burst, of which there is at least one.
+#[inline(always)]
+pub(crate) const fn run(first: u8, end: u8) -> u64 {
+    u64::MAX << (first % 64) & u64::MAX >> (64u8.wrapping_sub(end) % 64)
+}
+
 /// Numbers of the frames whose bits are set, in order.
 #[derive(Clone, Copy, Debug)]
 pub struct Frames(pub u64);

@@ -37,20 +37,21 @@ impl Batch {
     pub fn is_empty(&self) -> bool {
         self.frames == 0
     }
-    /// Adds the frames `from..to` of the burst; each frame goes at most once to an output.
+    /// Adds the frames whose bits are set; each frame goes at most once to an output.
     #[inline(always)]
-    pub fn push_run(&mut self, from: usize, to: usize, action: VlanAction) {
-        let run = below(to) & !below(from);
-        self.frames |= run;
+    pub fn push(&mut self, frames: u64, action: VlanAction) {
+        self.frames |= frames;
         if action != VlanAction::Keep {
-            self.edit(from, to, action);
+            self.edit(frames, action);
         }
     }
     #[inline(never)]
-    fn edit(&mut self, from: usize, to: usize, action: VlanAction) {
-        self.edited |= below(to) & !below(from);
-        if let Some(actions) = self.actions.get_mut(from..to) {
-            actions.fill(action);
+    fn edit(&mut self, frames: u64, action: VlanAction) {
+        self.edited |= frames;
+        for i in Frames(frames) {
+            if let Some(to) = self.actions.get_mut(i) {
+                *to = action;
+            }
         }
     }
     #[inline]
@@ -65,12 +66,6 @@ impl Batch {
         self.frames = 0;
         self.edited = 0;
     }
-}
-
-/// The bits below `i`.
-#[inline(always)]
-fn below(i: usize) -> u64 {
-    if i < BURST { (1 << i) - 1 } else { u64::MAX }
 }
 
 /// How one frame of a batch is to be sent.

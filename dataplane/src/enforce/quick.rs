@@ -8,7 +8,7 @@ use arrayvec::ArrayVec;
 use super::port::{FirewallCounters, PortFirewall};
 use crate::conntrack::{ConnMap, CtState, Ends, Likely, Particulars, Plain, Terms, Toward, Whereabouts, steady};
 use crate::firewall::spoof::SpoofTable;
-use crate::frame::BURST;
+use crate::frame::{BURST, run};
 use crate::packet::MacAddr;
 
 /// Where the entry of a connection probably is, in one table.
@@ -51,12 +51,6 @@ impl Train {
     pub fn frames(&self) -> u64 {
         run(self.first, self.end)
     }
-}
-
-/// A bit for each of the frames `first..end`, of which there is at least one.
-#[inline(always)]
-pub(crate) fn run(first: u8, end: u8) -> u64 {
-    u64::MAX << (first % 64) & u64::MAX >> (64u8.wrapping_sub(end) % 64)
 }
 
 /// A station and a source address that were accepted.

@@ -10,7 +10,7 @@ use super::{Place, Recent, Router, Source, Target, accept_checksum, action, chec
 use crate::bridge::fdb::PortId;
 use crate::conntrack::{Layout, Particulars, Plain, Toward, next_dither};
 use crate::counters::DropReason;
-use crate::enforce::quick::{Quick, Train, run};
+use crate::enforce::quick::{Quick, Train};
 use crate::enforce::stage::End;
 use crate::frame::{BURST, RxBurst, SNAPSHOT_BYTES};
 use crate::offload::VlanAction;
@@ -281,11 +281,8 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         if exit.is_guarded {
             frames = self.arrive(stretch, exit.output, trains, frames);
         }
-        while frames != 0 {
-            let from = frames.trailing_zeros();
-            let to = from + (frames >> from).trailing_ones();
-            self.router.push_run(exit.output, from as usize, to as usize, exit.action);
-            frames &= !run(from as u8, to as u8);
+        if frames != 0 {
+            self.router.push(exit.output, frames, exit.action);
         }
     }
 

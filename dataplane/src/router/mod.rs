@@ -13,7 +13,7 @@ use crate::counters::DropReason;
 use crate::enforce::pending::{Next, PendingFrame};
 use crate::enforce::quick::Train;
 use crate::enforce::stage::{End, Outcome, Stage};
-use crate::frame::{BURST, FrameMeta, Gso, MAX_FRAME_BYTES, Offload, RxBurst, SNAPSHOT_BYTES};
+use crate::frame::{BURST, FrameMeta, Gso, MAX_FRAME_BYTES, Offload, RxBurst, SNAPSHOT_BYTES, run};
 use crate::offload::{BadOffload, VlanAction, validate};
 use crate::output::{Batch, Sender};
 use crate::packet::ethernet;
@@ -180,8 +180,8 @@ impl Router {
             {
                 let first = i;
                 i = followers(burst, i);
-                if let Some(batch) = self.batches.get_mut(usize::from(output)) {
-                    batch.push_run(first, i, action);
+                if first < i {
+                    self.push(output, run(first as u8, i as u8), action);
                 }
             }
         }
@@ -299,14 +299,14 @@ impl Router {
         }
     }
 
-    /// Puts the frames `from..to` into the batch of a port.
+    /// Puts the frames whose bits are set into the batch of a port.
     #[inline(always)]
-    fn push_run(&mut self, output: PortId, from: usize, to: usize, action: VlanAction) {
+    fn push(&mut self, output: PortId, frames: u64, action: VlanAction) {
         if let Some(batch) = self.batches.get_mut(usize::from(output)) {
             if batch.is_empty() {
                 self.active.push(output);
             }
-            batch.push_run(from, to, action);
+            batch.push(frames, action);
         }
     }
 
@@ -378,7 +378,7 @@ impl Router {
     #[inline]
     fn enqueue<T>(&mut self, port: &PortEntry<T>, i: usize, vlan: u16, tag: Option<VlanTag>) -> Option<VlanAction> {
         let action = action(port, vlan, tag)?;
-        self.push_run(port.id, i, i + 1, action);
+        self.push(port.id, 1 << (i % BURST), action);
         Some(action)
     }
 }
