@@ -14,6 +14,7 @@
 //! are told), [`trace`](mod@trace) (one packet, step by step).
 pub mod events;
 pub(crate) mod hint;
+pub(crate) mod middle;
 pub(crate) mod pending;
 pub mod port;
 pub(crate) mod quick;
