@@ -31,7 +31,8 @@ pub(crate) struct Known<'a> {
 
 impl Stage {
     /// Judges a frame by what is known of it. `prospect`: where its connection probably is. `verified` tells whether its checksum is right,
-    /// or vouched for; `end` where it is judged. `None`: not known well enough, [`Stage::judge`] is to look at the frame.
+    /// or vouched for; `end` where it is judged, if it is to be judged though it does more than move its connection on. `None`: not known well
+    /// enough, and [`Stage::judge`] is to look at the frame; or not to be judged here.
     #[inline(always)]
     pub(crate) fn judge_known<'e, const EGRESS: bool>(
         &mut self,

@@ -292,15 +292,22 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
 
     /// Past the sender's firewall, if there is one. Returns a bit for each frame that may go on.
     fn leave(&mut self, stretch: &Stretch, trains: &mut [Train]) -> u64 {
-        let (mut left, mut next) = (0, 0);
+        let (mut left, mut next, mut alike) = (0, 0, false);
         let (link, vlan, verified, dither) =
             (stretch.place.link, stretch.place.vlan, stretch.verify, self.router.dither);
         while let Some(rest) = trains.get_mut(next..).filter(|rest| !rest.is_empty()) {
+            if alike || rest.first().is_some_and(|first| !first.is_plain) {
+                alike = false;
+                let known = self.leave_known(stretch, rest, &mut left);
+                next += known;
+                if known != 0 {
+                    continue;
+                }
+            }
             let Some(near) = &mut self.near else { return trains.iter().fold(0, |all, train| all | train.frames()) };
-            let (count, passed) = match rest {
-                [first, ..] if !first.is_plain => (0, 0),
-                _ => near.pass(link.src, vlan, verified, rest, &self.router.facts, u64::MAX, dither),
-            };
+            let (count, passed) = near.pass(link.src, vlan, verified, rest, &self.router.facts, u64::MAX, dither);
+            // What follows one that does not pass so may well be of its kind.
+            alike = true;
             left |= passed;
             next += count + 1;
             let Some(train) = rest.get_mut(count) else { break };
@@ -326,7 +333,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
     /// Whether the source's firewall lets frame `i` go, whatever it is.
     #[inline(never)]
     fn leaves_slowly(&mut self, stretch: &Stretch, train: &mut Train, i: usize) -> bool {
-        let passes = match self.leaves_known(stretch, train, i) {
+        let passes = match self.leaves_known(stretch, train, i, false) {
             Some(passes) => passes,
             None => self.leaves_unknown(stretch, i),
         };
@@ -378,7 +385,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
 
     /// Past the firewall of the output, which was met last. `frames`: a bit for each that wants to; returns those that may.
     fn arrive(&mut self, stretch: &Stretch, output: PortId, trains: &mut [Train], frames: u64) -> u64 {
-        let (mut entered, mut next) = (0, 0);
+        let (mut entered, mut next, mut alike) = (0, 0, false);
         let (link, vlan, verified, dither) =
             (stretch.place.link, stretch.place.vlan, stretch.verify, self.router.dither);
         if let Some(Far { quick, .. }) = &self.far
@@ -387,11 +394,17 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             find_anew(quick, trains, vlan);
         }
         while let Some(rest) = trains.get_mut(next..).filter(|rest| !rest.is_empty()) {
+            if alike || rest.first().is_some_and(|first| !first.is_plain) {
+                alike = false;
+                let known = self.arrive_known(stretch, output, rest, frames, &mut entered);
+                next += known;
+                if known != 0 {
+                    continue;
+                }
+            }
             let Some(Far { quick, .. }) = &mut self.far else { break };
-            let (count, passed) = match rest {
-                [first, ..] if !first.is_plain => (0, 0),
-                _ => quick.pass(link.dst, vlan, verified, rest, &self.router.facts, frames, dither),
-            };
+            let (count, passed) = quick.pass(link.dst, vlan, verified, rest, &self.router.facts, frames, dither);
+            alike = true;
             entered |= passed;
             next += count + 1;
             let Some(train) = rest.get_mut(count) else { break };
@@ -422,7 +435,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
     #[inline(never)]
     fn arrives_slowly(&mut self, stretch: &Stretch, train: &mut Train, i: usize, output: PortId) -> bool {
         let (source, vlan, vouched) = (self.source, stretch.place.vlan, self.vouches());
-        let passes = match self.arrives_known(stretch, train, i, output) {
+        let passes = match self.arrives_known(stretch, train, i, output, false) {
             Some(passes) => passes,
             None => source
                 .forwarding
