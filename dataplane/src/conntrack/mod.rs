@@ -54,7 +54,7 @@ pub use map::{
     Tombstone, Uncollected, VERSION_BITS, VERSION_MAX, newer,
 };
 pub(crate) use map::{Ends, KeyWords, Likely, Whereabouts};
-pub(crate) use opening::{Progress, Whole, begin, flow, progress, stations, whole};
+pub(crate) use opening::{Progress, Whole, begin, flow, is_whole, progress, stations, whole};
 pub use pick_up::PickUp;
 pub(crate) use plain::{Layout, Particulars, Plain};
 pub use portable::{

@@ -59,6 +59,12 @@ pub(crate) fn whole<'a>(
     Some(Whole { segment: Some(segment), ip_len })
 }
 
+/// A packet that was named, and is not plain, is whole: its headers are such as all that look at them closely accept.
+#[inline(never)]
+pub(crate) fn is_whole(packet: &Plain, facts: &Particulars, head: &[u8; SNAPSHOT_BYTES], have: usize) -> bool {
+    whole(packet, facts, false, head, have).is_some()
+}
+
 impl<'a> Whole<'a> {
     /// What [`super::dissect`] would find. `key`: the packet's.
     pub(crate) fn dissected(&self, key: &KeyWords, toward: Toward) -> Dissected<'a> {
@@ -329,7 +335,9 @@ mod tests {
     use super::super::tracker::Judgement;
     use super::*;
     use crate::firewall::limits::Admission;
+    use crate::frame::Offload;
     use crate::offload::checksum::internet_checksum;
+    use crate::offload::validate;
     use crate::packet::{MacAddr, parse, parse_l2};
 
     /// What Linux, Windows and others put into SYNs, and what nobody should.
@@ -427,6 +435,18 @@ mod tests {
                 let sum_ok = checksum_ok(plain, &frame, frame.len());
                 assert_eq!(sum_ok, look(Checksum::Verify).is_ok(), "{sent:?}");
                 wrong_sums += u32::from(!sum_ok);
+                // A checksum that is owed is what a guest may leave to others.
+                let owed = |csum_start, csum_offset| Offload {
+                    needs_csum: true,
+                    csum_start,
+                    csum_offset,
+                    ..Offload::default()
+                };
+                let field = if matches!(theirs.transport, Transport::Tcp(_)) { 16 } else { 6 };
+                let offload = owed(plain.transport_at() as u16, field);
+                assert!(plain.owes_checksum(&offload) && !plain.owes_checksum(&owed(30, field)));
+                let snapshot = &frame[..have.min(frame.len()).min(SNAPSHOT_BYTES)];
+                assert_eq!(validate(&offload, snapshot, frame.len() as u32), Ok(offload), "{sent:?}");
                 // Anti-spoofing reads it, and asks nothing of it but its addresses.
                 let headers = parse(&frame, frame.len() as u32).unwrap();
                 let is_ours = spoof.check(&frame, &headers).is_ok();

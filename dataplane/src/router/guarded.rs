@@ -10,7 +10,7 @@ mod known;
 use super::stretch::{Stretch, Stretches};
 use super::{Place, Recent, Router, Source, Target, accept_checksum, action, check_offload, judge, look_up, owes_work};
 use crate::bridge::fdb::PortId;
-use crate::conntrack::{Layout, Particulars, Plain, next_dither};
+use crate::conntrack::{Layout, Particulars, Plain, is_whole, next_dither};
 use crate::counters::DropReason;
 use crate::enforce::quick::{Quick, Train, run};
 use crate::frame::{BURST, RxBurst, SNAPSHOT_BYTES};
@@ -175,7 +175,9 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             let seen = read(head, have, meta.len as usize, facts);
             if owes_work(meta)
                 && !(checked && i == from)
-                && !seen.is_some_and(|(plain, is_plain)| is_plain && accept_checksum(meta, &plain))
+                && !seen.is_some_and(|(plain, is_plain)| {
+                    (is_plain || is_whole(&plain, facts, head, have)) && accept_checksum(meta, &plain)
+                })
             {
                 break;
             }

@@ -541,7 +541,7 @@ fn owes_only_checksum(head: &[u8; SNAPSHOT_BYTES], meta: &mut FrameMeta) -> bool
     }
 }
 
-/// All that a frame is owed is the checksum of its plain packet.
+/// All that a frame is owed is the checksum of its packet, which is plain, or whole.
 #[inline]
 fn accept_checksum(meta: &mut FrameMeta, plain: &Plain) -> bool {
     if meta.len > MAX_FRAME_BYTES || !plain.owes_checksum(&meta.offload) {
