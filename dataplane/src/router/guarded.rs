@@ -3,8 +3,9 @@
 //! A burst is cut into trains: consecutive plain packets between the same two ends, which are judged together, at the sender's firewall
 //! and at the receiver's; what is not plain is a train of its own. Three passes over the trains, so that the cache lines of the connection
 //! tables are on their way while other trains are looked at: what each is ([`Passage::look_at`]), where its entries are
-//! ([`Passage::locate`]), what becomes of it ([`Passage::conduct`]). Plain packets take the short way ([`crate::enforce::quick`]), what
-//! can be named the middle one ([`crate::enforce::middle`]), all others [`crate::enforce::stage`]. What trains have in common that follow each other is found out once: see [`super::stretch`].
+//! ([`Passage::locate`]), what becomes of it ([`Passage::conduct`]). Plain packets take the short way ([`crate::enforce::quick`]), others
+//! whose headers have been read the middle one ([`crate::enforce::middle`]), all others [`crate::enforce::stage`]. What trains have in common
+//! that follow each other is found out once: see [`super::stretch`].
 mod known;
 
 use super::stretch::{Stretch, Stretches};
