@@ -88,6 +88,36 @@ impl Notes {
         (self.0 >> 56) as u8
     }
     #[inline(always)]
+    const fn with_status(self, status: u8) -> Self {
+        Self(self.0 & !(0xff << 56) | (status as u64) << 56)
+    }
+    /// Of a connection that a packet travelling `toward` opens, in the protocol's state of that number.
+    #[inline(always)]
+    pub const fn begun(toward: Toward, state: u8) -> Self {
+        let opened = if matches!(toward, Toward::Ingress) { OPENED_BY_REMOTE } else { 0 };
+        Self(0).with_status(opened | state & STATE)
+    }
+    #[inline(always)]
+    pub const fn with_policy(self, generation: u32, decision: Decision) -> Self {
+        Self(self.0 & !0xffff_ffff | generation as u64).with_decision(decision)
+    }
+    #[inline(always)]
+    pub const fn with_decision(self, decision: Decision) -> Self {
+        Self(self.0 & !(0xffff << 32) | (decision.0 as u64) << 32)
+    }
+    #[inline(always)]
+    pub const fn with_state(self, state: u8) -> Self {
+        self.with_status(self.status() & !STATE | state & STATE)
+    }
+    #[inline(always)]
+    pub const fn with_seen_reply(self) -> Self {
+        self.with_status(self.status() | SEEN_REPLY)
+    }
+    #[inline(always)]
+    pub const fn with_assured(self) -> Self {
+        self.with_status(self.status() | ASSURED)
+    }
+    #[inline(always)]
     pub const fn state(self) -> u8 {
         self.status() & STATE
     }

@@ -162,6 +162,22 @@ impl Key {
         self.flags & REMOTE_ASKED != 0
     }
 
+    /// The key that has these [`Self::words`].
+    #[inline]
+    pub(super) fn from_words(words: [u64; 5]) -> Self {
+        let [a, b, c, d, rest] = words;
+        let address = |low: u64, high: u64| (u128::from(low) | u128::from(high) << 64).to_le_bytes();
+        Self {
+            local: address(a.to_le(), b.to_le()),
+            remote: address(c.to_le(), d.to_le()),
+            local_port: rest as u16,
+            remote_port: (rest >> 16) as u16,
+            zone: (rest >> 32) as u16,
+            proto: (rest >> 48) as u8,
+            flags: (rest >> 56) as u8,
+        }
+    }
+
     /// The key's 40 bytes as words, for hashing.
     #[inline]
     pub fn words(&self) -> [u64; 5] {

@@ -27,6 +27,7 @@ mod generic;
 mod icmp;
 mod key;
 mod map;
+mod opening;
 mod pick_up;
 mod plain;
 mod portable;
@@ -52,7 +53,8 @@ pub use map::{
     ConnHandle, ConnMap, Cursor, DEFAULT_CAPACITY, Dirt, Imported, MAX_CAPACITY, MapError, MapStats, Observer, Removal,
     Tombstone, Uncollected, VERSION_BITS, VERSION_MAX, newer,
 };
-pub(crate) use map::{Ends, Likely, Whereabouts};
+pub(crate) use map::{Ends, KeyWords, Likely, Whereabouts};
+pub(crate) use opening::{Progress, Whole, begin, flow, is_whole, progress, stations, whole};
 pub use pick_up::PickUp;
 pub(crate) use plain::{Layout, Particulars, Plain};
 pub use portable::{
@@ -60,6 +62,8 @@ pub use portable::{
     PortableTcp,
 };
 pub use sctp::SctpState;
+#[cfg(all(test, not(loom)))]
+pub(crate) use steady::tests as sent;
 pub(crate) use steady::{Terms, steady};
 pub use table::{Change, ConnTable, InsertError, ModelTable, Stored};
 pub use tcp::TcpState;

@@ -271,6 +271,18 @@ impl Plain {
             && offload.csum_offset == field
     }
 
+    /// Where the transport header begins, bytes from the frame's start.
+    #[inline(always)]
+    pub(super) fn transport_at(&self) -> usize {
+        usize::from(self.talk.at())
+    }
+
+    /// Length of the IP header of a packet like this, bytes.
+    #[inline(always)]
+    pub(super) fn ip_header_len(&self) -> u32 {
+        if self.talk.is_ipv6() { 40 } else { 20 }
+    }
+
     /// The words of its key, seen from a VM that it goes to or comes from.
     #[inline(always)]
     pub fn key(&self, toward: Toward, zone: u16) -> KeyWords {

@@ -18,13 +18,13 @@ use crate::packet::IpProto;
 #[derive(Clone, Copy)]
 pub(crate) struct Terms<'a> {
     /// Connections judged under another generation of the rules are to be judged again.
-    generation: u32,
+    pub(super) generation: u32,
     /// How connections are tracked.
     pub config: &'a TrackConfig,
-    now_ms: u64,
+    pub now_ms: u64,
     /// When entries of UDP expire that are refreshed now: those that are streams, and others.
     stream_until: u32,
-    udp_until: u32,
+    pub(super) udp_until: u32,
 }
 
 impl<'a> Terms<'a> {
@@ -181,7 +181,7 @@ fn steady_tcp(
 }
 
 #[cfg(all(test, not(loom)))]
-mod tests {
+pub(crate) mod tests {
     use super::super::PickUp;
     use super::super::dissect::{Checksum, Dissected, Packet, Transport, dissect};
     use super::super::plain::Layout;
@@ -193,43 +193,43 @@ mod tests {
     use crate::offload::checksum::{Sum, internet_checksum};
     use crate::packet::{MacAddr, parse, parse_l2};
 
-    struct Random(u64);
+    pub(crate) struct Random(pub u64);
 
     impl Random {
-        fn next(&mut self) -> u64 {
+        pub fn next(&mut self) -> u64 {
             self.0 ^= self.0 << 13;
             self.0 ^= self.0 >> 7;
             self.0 ^= self.0 << 17;
             self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
         }
-        fn below(&mut self, n: u64) -> u64 {
+        pub fn below(&mut self, n: u64) -> u64 {
             (self.next() >> 20) % n
         }
         /// True once in `n` times.
-        fn one_in(&mut self, n: u64) -> bool {
+        pub fn one_in(&mut self, n: u64) -> bool {
             self.below(n) == 0
         }
-        fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
             from[self.below(from.len() as u64) as usize]
         }
     }
 
     /// A segment, or a datagram when `flags` is none.
     #[derive(Clone, Copy, Debug)]
-    struct Sent {
-        toward: Toward,
-        ipv6: bool,
-        tagged: bool,
-        port: u16,
-        flags: Option<u8>,
-        seq: u32,
-        ack: u32,
-        window: u16,
-        payload: usize,
-        options: &'static [u8],
+    pub(crate) struct Sent {
+        pub toward: Toward,
+        pub ipv6: bool,
+        pub tagged: bool,
+        pub port: u16,
+        pub flags: Option<u8>,
+        pub seq: u32,
+        pub ack: u32,
+        pub window: u16,
+        pub payload: usize,
+        pub options: &'static [u8],
     }
 
-    const OPTIONS: [&[u8]; 6] = [
+    pub(crate) const OPTIONS: [&[u8]; 6] = [
         &[],
         &[1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2],
         &[1, 1, 5, 10, 0, 0, 3, 0, 0, 0, 4, 0],
@@ -238,7 +238,7 @@ mod tests {
         &[1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2, 1, 1, 5, 10, 0, 0, 3, 0, 0, 0, 9, 0],
     ];
 
-    fn frame(sent: &Sent) -> Vec<u8> {
+    pub(crate) fn frame(sent: &Sent) -> Vec<u8> {
         let mut options = sent.options.to_vec();
         options.resize(options.len().next_multiple_of(4), 0);
         let (vm, other) = ((5000u16, 1u8), (sent.port, 2u8));
@@ -308,7 +308,7 @@ mod tests {
     }
 
     /// The checksum of a frame of which `have` bytes are at hand.
-    fn checksum_ok(plain: &Plain, frame: &[u8], have: usize) -> bool {
+    pub(crate) fn checksum_ok(plain: &Plain, frame: &[u8], have: usize) -> bool {
         let have = have.min(frame.len()).min(SNAPSHOT_BYTES);
         let mut head = [0xee; SNAPSHOT_BYTES];
         head[..have].copy_from_slice(&frame[..have]);
@@ -391,9 +391,9 @@ mod tests {
         assert!(cfg!(miri) || plain_ones > 20_000 && wrong_sums > 1000, "{plain_ones} {wrong_sums}");
     }
 
-    const GENERATION: u32 = 7;
+    pub(crate) const GENERATION: u32 = 7;
 
-    fn likely(map: &ConnMap, key: &KeyWords) -> Likely {
+    pub(crate) fn likely(map: &ConnMap, key: &KeyWords) -> Likely {
         let [.., rest] = *key;
         map.likely(map.prefetch_places(map.ends(key), rest, false))
     }
@@ -403,7 +403,7 @@ mod tests {
     }
 
     /// Judges a packet in full, and stores what is new as the packet path would.
-    fn in_full(
+    pub(crate) fn in_full(
         map: &ConnMap,
         config: &TrackConfig,
         sent: &Sent,
@@ -539,7 +539,7 @@ mod tests {
         assert!(cfg!(miri) || short_tcp > 20_000 && short_udp > 20_000 && refused_known > 20_000);
     }
 
-    fn entries(map: &ConnMap) -> Vec<super::super::Connection> {
+    pub(crate) fn entries(map: &ConnMap) -> Vec<super::super::Connection> {
         let mut all = Vec::new();
         while map.walk(&mut Default::default(), 1 << 20, &mut |c| all.push(*c)) {}
         all

@@ -232,23 +232,35 @@ impl Side {
     }
 
     /// Takes over scale and SACK from a SYN's options. Without any options nothing changes.
+    #[inline(always)]
     fn options(&mut self, segment: &Segment<'_>) {
         if segment.options.is_empty() {
             return;
         }
-        self.scale = 0;
-        self.flags &= BE_LIBERAL;
-        for (kind, data) in Options(segment.options) {
-            match (kind, data) {
-                (4, []) => self.flags |= SACK_PERMITTED,
-                (3, [shift]) => {
-                    self.scale = (*shift).min(MAX_SCALE);
-                    self.flags |= WINDOW_SCALE;
-                }
-                _ => {}
+        let (scale, flags) = agreed(segment.options);
+        self.scale = scale;
+        self.flags = self.flags & BE_LIBERAL | flags;
+    }
+}
+
+/// Scale and flags that a SYN's options ask for.
+fn agreed(options: &[u8]) -> (u8, u32) {
+    // As Linux and others lay them out, with everything switched on: segment size, SACK, time stamp, scale.
+    if let &[2, 4, _, _, 4, 2, 8, 10, _, _, _, _, _, _, _, _, 1, 3, 3, shift] = options {
+        return (shift.min(MAX_SCALE), SACK_PERMITTED | WINDOW_SCALE);
+    }
+    let (mut scale, mut flags) = (0, 0);
+    for (kind, data) in Options(options) {
+        match (kind, data) {
+            (4, []) => flags |= SACK_PERMITTED,
+            (3, [shift]) => {
+                scale = (*shift).min(MAX_SCALE);
+                flags |= WINDOW_SCALE;
             }
+            _ => {}
         }
     }
+    (scale, flags)
 }
 
 /// TCP options as (kind, data), ending at the first that is malformed.
@@ -274,14 +286,22 @@ impl<'a> Iterator for Options<'a> {
     }
 }
 
-/// The highest right edge that the segment acknowledges, SACK blocks included (RFC 2018).
-fn highest_sack(segment: &Segment<'_>, ack: u32) -> u32 {
-    // The usual case: nothing but a time stamp.
-    if segment.options.is_empty() || matches!(segment.options, [1, 1, 8, 10, _, _, _, _, _, _, _, _]) {
+/// The highest right edge that a segment with these options acknowledges, SACK blocks included (RFC 2018).
+#[inline(always)]
+fn highest_sack(options: &[u8], ack: u32) -> u32 {
+    if options.is_empty() { ack } else { highest_of_sacks(options, ack) }
+}
+
+#[inline(never)]
+fn highest_of_sacks(options: &[u8], ack: u32) -> u32 {
+    // The usual cases: nothing but a time stamp, and a SYN-ACK's.
+    if let [1, 1, 8, 10, _, _, _, _, _, _, _, _] | [2, 4, _, _, 4, 2, 8, 10, _, _, _, _, _, _, _, _, 1, 3, 3, _] =
+        options
+    {
         return ack;
     }
     let mut sack = ack;
-    for (kind, data) in Options(segment.options) {
+    for (kind, data) in Options(options) {
         if kind == 5 && !data.is_empty() && data.len() % 8 == 0 {
             for block in data.chunks_exact(8) {
                 let &[_, _, _, _, a, b, c, d] = block else { continue };
@@ -501,7 +521,135 @@ impl Connection {
     }
 }
 
+/// What a segment that is accepted makes of a connection, its state aside.
+pub(super) struct After {
+    pub words: [u32; 12],
+    pub retrans: u8,
+    pub timeout_ms: u32,
+}
+
+/// What was agreed on at the beginning, or what goes with the state, differs between these words.
+#[inline(always)]
+fn is_semantic(before: &[u32; 12], after: &[u32; 12]) -> bool {
+    let (&[_, _, _, _, _, _, _, _, old_bits, ..], &[_, _, _, _, _, _, _, _, bits, ..]) = (before, after);
+    (old_bits ^ bits) & Tcp::SEMANTIC_BITS != 0
+}
+
+/// A segment that moves a connection on: by the flags that mean something to tracking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Move {
+    /// SYN alone.
+    Syn,
+    /// SYN and ACK.
+    SynAck,
+    /// ACK alone.
+    Ack,
+    /// FIN and ACK.
+    FinAck,
+}
+
+impl Move {
+    /// `None`: a RST, or nothing of the kind.
+    #[inline(always)]
+    pub fn of(flags: Flags) -> Option<Self> {
+        const MEANT: Flags = Flags::SYN.union(Flags::ACK).union(Flags::FIN).union(Flags::RST);
+        const SYN_ACK: Flags = Flags::SYN.union(Flags::ACK);
+        const FIN_ACK: Flags = Flags::FIN.union(Flags::ACK);
+        match flags.intersection(MEANT) {
+            Flags::SYN => Some(Self::Syn),
+            SYN_ACK => Some(Self::SynAck),
+            Flags::ACK => Some(Self::Ack),
+            FIN_ACK => Some(Self::FinAck),
+            _ => None,
+        }
+    }
+}
+
+/// [`track`] of a segment from `old` to `new`, where the windows let it through; inlined with what is known.
+#[inline(always)]
+fn accepted(
+    mut tcp: Tcp,
+    segment: &Segment<'_>,
+    kind: Kind,
+    way: Way,
+    (old, new): (TcpState, TcpState),
+    config: &TrackConfig,
+) -> Option<After> {
+    let Fit::Accept = window(&mut tcp, segment, kind, way, old, config) else { return None };
+    tcp.last_kind = kind;
+    tcp.last_way = way;
+    if old != new && new == TcpState::FinWait {
+        tcp.side(way).flags |= CLOSE_INIT;
+    }
+    let timeout_ms = timeout(&tcp, new, kind, config);
+    Some(After { words: tcp.pack(), retrans: tcp.retrans, timeout_ms })
+}
+
+/// What [`track`] makes of a SYN that opens a connection: in [`TcpState::SynSent`] from now on. This and the next three are for segments
+/// whose [`Move`] is known; `None`: something else is to be done, and [`track`] knows what.
+#[inline(always)]
+pub(super) fn begun(segment: &Segment<'_>, config: &TrackConfig) -> Option<After> {
+    let segment = Segment { flags: Flags::SYN, ..*segment };
+    let tcp = open(&segment, Kind::Syn, config).ok()?;
+    accepted(tcp, &segment, Kind::Syn, Way::Original, (TcpState::None, TcpState::SynSent), config)
+}
+
+/// What [`track`] makes of a SYN-ACK that answers a SYN: [`TcpState::SynRecv`].
+#[inline(always)]
+pub(super) fn answered(words: &[u32; 12], retrans: u8, segment: &Segment<'_>, config: &TrackConfig) -> Option<After> {
+    let mut tcp = Tcp::unpack(words, retrans);
+    let [_, reply] = &mut tcp.sides;
+    // Nothing has been seen of this side; how far the SYN lets it go is overwritten.
+    let untouched = reply.max_window == 0 && reply.max_ack == 0 && reply.flags == 0 && reply.scale == 0;
+    if !untouched {
+        return None;
+    }
+    *reply = Side::default();
+    let segment = Segment { flags: Flags::SYN.union(Flags::ACK), ..*segment };
+    let states = (TcpState::SynSent, TcpState::SynRecv);
+    accepted(tcp, &segment, Kind::SynAck, Way::Reply, states, config)
+}
+
+/// What [`track`] makes of the ACK that follows, in an answered connection: [`TcpState::Established`], and assured.
+#[inline(always)]
+pub(super) fn completed(words: &[u32; 12], retrans: u8, segment: &Segment<'_>, config: &TrackConfig) -> Option<After> {
+    let tcp = Tcp::unpack(words, retrans);
+    let segment = Segment { flags: Flags::ACK, ..*segment };
+    let states = (TcpState::SynRecv, TcpState::Established);
+    accepted(tcp, &segment, Kind::Ack, Way::Original, states, config)
+}
+
+/// What [`track`] makes of the FINs of an answered connection and of the ACKs that follow them. The last: what others must know has
+/// changed, the state aside.
+#[inline(always)]
+pub(super) fn closed(
+    words: &[u32; 12],
+    retrans: u8,
+    old: u8,
+    segment: &Segment<'_>,
+    flags: Move,
+    way: Way,
+    config: &TrackConfig,
+) -> Option<(TcpState, After, bool)> {
+    let (old, kind) = match flags {
+        Move::FinAck => (TcpState::from_number(old), Kind::Fin),
+        Move::Ack => (TcpState::from_number(old), Kind::Ack),
+        Move::Syn | Move::SynAck => return None,
+    };
+    let tcp = Tcp::unpack(words, retrans);
+    let usual = old == TcpState::Established && kind == Kind::Fin || old.is_closing() && old != TcpState::Close;
+    // After a SYN that was let through, an ACK may be a challenge to it.
+    if !usual || tcp.last_kind == Kind::Syn {
+        return None;
+    }
+    let Next::To(new) = next(way, kind, old) else { return None };
+    let after = accepted(tcp, segment, kind, way, (old, new), config)?;
+    let semantic = is_semantic(words, &after.words);
+    Some((new, after, semantic))
+}
+
 /// Begins a connection with `segment`, or says why it cannot.
+#[inline(always)]
 fn open(segment: &Segment<'_>, kind: Kind, config: &TrackConfig) -> Result<Tcp, Invalid> {
     let mut tcp = Tcp::EMPTY;
     let end = segment.end();
@@ -745,7 +893,7 @@ fn window(tcp: &mut Tcp, segment: &Segment<'_>, kind: Kind, way: Way, state: Tcp
     let mut win = u32::from(segment.window);
     let mut end = segment.end();
     let (sender, receiver) = tcp.ends(way);
-    let mut sack = if receiver.has(SACK_PERMITTED) { highest_sack(segment, ack) } else { ack };
+    let mut sack = if receiver.has(SACK_PERMITTED) { highest_sack(segment.options, ack) } else { ack };
 
     if sender.max_window == 0 {
         // Nothing seen from this side yet.
@@ -871,7 +1019,7 @@ fn window(tcp: &mut Tcp, segment: &Segment<'_>, kind: Kind, way: Way, state: Tcp
 }
 
 /// A SYN or SYN-ACK says where its sender begins and what it can do.
-#[cold]
+#[inline(always)]
 fn init_sender(sender: &mut Side, receiver: &mut Side, segment: &Segment<'_>, end: u32, win: u32, way: Way) {
     sender.end = end;
     sender.max_end = end;

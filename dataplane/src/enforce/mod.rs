@@ -10,10 +10,11 @@
 //!                         `-> fragment: held; a complete datagram goes on as `Pending` frames
 //! ```
 //!
-//! Reading order: [`vm`], [`port`], [`stage`] (the judgement), [`pending`] (frames that go on later), [`events`] (what operators
-//! are told), [`trace`](mod@trace) (one packet, step by step).
+//! Reading order: [`vm`], [`port`], [`stage`] (the judgement), [`quick`] and [`middle`] (the same with less work, where it takes less),
+//! [`pending`] (frames that go on later), [`events`] (what operators are told), [`trace`](mod@trace) (one packet, step by step).
 pub mod events;
 pub(crate) mod hint;
+pub(crate) mod middle;
 pub(crate) mod pending;
 pub mod port;
 pub(crate) mod quick;

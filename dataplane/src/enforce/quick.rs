@@ -6,7 +6,10 @@
 use arrayvec::ArrayVec;
 
 use super::port::{FirewallCounters, PortFirewall};
-use crate::conntrack::{ConnMap, CtState, Ends, Likely, Particulars, Plain, Terms, Toward, Whereabouts, steady};
+use super::vm::VmFirewall;
+use crate::conntrack::{
+    ConnMap, CtState, Ends, KeyWords, Likely, Particulars, Plain, Terms, Toward, Whereabouts, steady,
+};
 use crate::firewall::spoof::SpoofTable;
 use crate::frame::{BURST, run};
 use crate::packet::MacAddr;
@@ -14,8 +17,8 @@ use crate::packet::MacAddr;
 /// Where the entry of a connection probably is, in one table.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Prospect {
-    whereabouts: Whereabouts,
-    likely: Likely,
+    pub(super) whereabouts: Whereabouts,
+    pub(super) likely: Likely,
 }
 
 impl Prospect {
@@ -67,8 +70,9 @@ impl Accepted {
 
 /// One port's firewall in one direction, from the VM (`EGRESS`) or to it, for the time of a burst.
 pub(crate) struct Quick<'a, const EGRESS: bool> {
-    map: &'a ConnMap,
-    terms: Terms<'a>,
+    pub(super) vm: &'a VmFirewall,
+    pub(super) map: &'a ConnMap,
+    pub(super) terms: Terms<'a>,
     /// Zone of VLAN 0.
     zone: u16,
     /// The anti-spoofing rules, where anything is checked.
@@ -82,11 +86,12 @@ pub(crate) struct Quick<'a, const EGRESS: bool> {
 }
 
 impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
-    const TOWARD: Toward = if EGRESS { Toward::Egress } else { Toward::Ingress };
+    pub(super) const TOWARD: Toward = if EGRESS { Toward::Egress } else { Toward::Ingress };
 
     pub fn new(firewall: &'a PortFirewall, thread: usize, now_ns: u64) -> Self {
         let rules = &*firewall.rules;
         Self {
+            vm: &firewall.vm,
             map: firewall.vm.map(),
             zone: firewall.zone(0),
             spoof: Some(&*rules.spoof).filter(|spoof| spoof.is_enabled()),
@@ -131,9 +136,21 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         prospect.likely = self.map.likely(prospect.whereabouts);
     }
 
+    /// The key of a packet.
+    #[inline(always)]
+    pub(super) fn key(&self, packet: &Plain, vlan: u16) -> KeyWords {
+        packet.key(Self::TOWARD, self.zone | vlan)
+    }
+
+    /// A packet was let pass by other means, and is to be counted.
+    #[inline(always)]
+    pub(super) fn count(&mut self, state: CtState) {
+        *(if state == CtState::New { &mut self.new } else { &mut self.established }) += 1;
+    }
+
     /// Whose frame it is: from the VM, or for it. `station`: its source there, its destination here.
     #[inline(always)]
-    fn is_ours(&mut self, station: MacAddr, packet: &Plain) -> bool {
+    pub(super) fn is_ours(&mut self, station: MacAddr, packet: &Plain) -> bool {
         let Some(spoof) = self.spoof else { return true };
         let Accepted { station: known, source: [a, b] } = self.accepted;
         // To the VM, any address may come.

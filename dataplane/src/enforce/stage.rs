@@ -1,13 +1,15 @@
 //! One end's judgement about one frame: anti-spoofing, tracking, policy, limits.
+use core::net::IpAddr;
 use std::sync::Arc;
 
 use super::events::{EventKind, EventRing, FirewallEvent};
 use super::hint;
 use super::pending::{Next, Pending};
 use super::port::{FirewallCounters, PortFirewall, PortRules};
+use super::vm::VmFirewall;
 use crate::bridge::fdb::PortId;
 use crate::conntrack::{
-    Accepted, Change, Checksum, ConnHandle, ConnTable, Connection, CtState, Dissected, Flow, FragmentFacts,
+    Accepted, Change, Checksum, ConnHandle, ConnTable, Connection, CtState, Decision, Dissected, Flow, FragmentFacts,
     InsertError, Invalid, Judgement, Packet, Refusal, Toward, Tracked, dissect, judge, next_dither, refused,
 };
 use crate::counters::DropReason;
@@ -38,12 +40,12 @@ pub(crate) struct End<'a> {
 
 impl End<'_> {
     #[inline]
-    fn now_ms(&self) -> u64 {
+    pub(super) fn now_ms(&self) -> u64 {
         self.now_ns / 1_000_000
     }
 
     #[inline]
-    fn rules(&self) -> &PortRules {
+    pub(super) fn rules(&self) -> &PortRules {
         &self.firewall.rules
     }
 }
@@ -61,7 +63,7 @@ pub(crate) enum Outcome {
 
 /// The firewall's word on a packet.
 #[derive(Clone, Copy)]
-enum Ruling {
+pub(super) enum Ruling {
     Pass,
     Deny { reason: DropReason, reject: bool, rule: Option<RuleId>, log: bool },
 }
@@ -78,13 +80,26 @@ impl Ruling {
     }
 }
 
+/// A packet that begins a connection.
+pub(super) struct Opening<'a> {
+    pub toward: Toward,
+    /// What rules look at in it.
+    pub key: &'a FlowKey,
+    /// The address that opens the connection.
+    pub source: IpAddr,
+    /// The connection is not complete with this packet.
+    pub half_open: bool,
+    /// The frame's beginning.
+    pub head: &'a [u8],
+}
+
 /// The snapshot ends before the headers do.
 struct TooShort;
 
 /// One PMD thread's part of the firewall.
 pub(crate) struct Stage {
-    thread: usize,
-    dither: u32,
+    pub(super) thread: usize,
+    pub(super) dither: u32,
     answer: Box<[u8; MAX_ANSWER_BYTES]>,
     /// Frames that go on after the burst.
     pub pending: Pending,
@@ -179,7 +194,7 @@ impl Stage {
     }
 
     #[inline]
-    fn track(&mut self, end: &End<'_>, dissected: &Dissected<'_>) -> Judgement {
+    pub(super) fn track(&mut self, end: &End<'_>, dissected: &Dissected<'_>) -> Judgement {
         self.dither = next_dither(self.dither);
         let mut table = end.firewall.vm.table(self.thread);
         judge(&mut table, &end.rules().track, end.firewall.vm.pick_up(), self.dither, dissected, end.now_ms())
@@ -187,7 +202,7 @@ impl Stage {
 
     /// From what tracking found to what happens.
     #[inline]
-    fn conclude(&mut self, end: &End<'_>, judgement: Judgement, head: &[u8], len: u32) -> Outcome {
+    pub(super) fn conclude(&mut self, end: &End<'_>, judgement: Judgement, head: &[u8], len: u32) -> Outcome {
         let (ruling, flow) = match judgement {
             Judgement::Tracked(mut tracked) => {
                 let ruling = self.rule(end, &mut tracked, head);
@@ -240,16 +255,51 @@ impl Stage {
     }
 
     fn ask(&self, end: &End<'_>, flow: &Flow) -> Verdict {
+        self.ask_about(end, flow.toward, &flow_key(flow))
+    }
+
+    #[inline(always)]
+    fn ask_about(&self, end: &End<'_>, toward: Toward, key: &FlowKey) -> Verdict {
         if let Some(counters) = self.counters(end) {
             counters.policy_lookups.add(1);
         }
         let rules = end.rules();
-        rules.policy.lookup(flow.toward.into(), &flow_key(flow), &rules.sets)
+        rules.policy.lookup(toward.into(), key, &rules.sets)
     }
 
     /// A connection's first packet.
     fn open(&mut self, end: &End<'_>, connection: &mut Connection, flow: &Flow, head: &[u8]) -> Ruling {
-        let verdict = self.ask(end, flow);
+        let opening = Opening {
+            toward: flow.toward,
+            key: &flow_key(flow),
+            source: connection.opener(),
+            half_open: connection.is_half_open(),
+            head,
+        };
+        self.open_as(
+            end,
+            &opening,
+            || *flow,
+            |table, generation, decision| {
+                connection.policy_generation = generation;
+                connection.decision = decision;
+                table.insert(connection, end.now_ms())
+            },
+        )
+    }
+
+    /// A connection's first packet: asks the policy and the limits, and has the connection stored with what they say. `flow`: as it is
+    /// reported.
+    #[inline(always)]
+    pub(super) fn open_as(
+        &mut self,
+        end: &End<'_>,
+        opening: &Opening<'_>,
+        flow: impl FnOnce() -> Flow,
+        store: impl FnOnce(&mut ConnHandle<'_>, u32, Decision) -> Result<(), InsertError>,
+    ) -> Ruling {
+        let &Opening { toward, key, source, half_open, head } = opening;
+        let verdict = self.ask_about(end, toward, key);
         if verdict.action != Action::Allow {
             return Ruling::by_policy(verdict, DropReason::FwDenied);
         }
@@ -257,7 +307,6 @@ impl Stage {
             return Ruling::Pass;
         }
         let vm = &*end.firewall.vm;
-        let source = connection.opener();
         let mut table = vm.table(self.thread);
         if vm.limits().wants_room(end.now_ns) {
             // As with a full table: who may go makes room, so that half-open connections do not shut out new ones.
@@ -269,18 +318,17 @@ impl Stage {
                 return Ruling::Deny { reason: why.into(), reject: false, rule: verdict.rule, log: verdict.log };
             }
         };
-        if !connection.is_half_open() {
+        if !half_open {
             vm.limits().established(source, &mut admission);
         }
-        connection.policy_generation = end.rules().generation;
-        connection.decision = connection.decision.with_allowed().with_admission(admission);
-        match table.insert(connection, end.now_ms()) {
+        let decision = Decision::default().with_allowed().with_admission(admission);
+        match store(&mut table, end.rules().generation, decision) {
             Ok(()) => {
                 if let Some(counters) = self.counters(end) {
                     counters.opened.add(1);
                 }
                 if verdict.log || vm.logs_new() {
-                    self.report(end, EventKind::New, verdict.rule, true, Some(*flow), head);
+                    self.report(end, EventKind::New, verdict.rule, true, Some(flow()), head);
                 }
                 Ruling::Pass
             }
@@ -392,7 +440,14 @@ impl Stage {
 
     /// Counts a denial, answers it, tells of it.
     #[cold]
-    fn settle(&mut self, end: &End<'_>, ruling: Ruling, flow: Option<Flow>, head: &[u8], len: u32) -> Outcome {
+    pub(super) fn settle(
+        &mut self,
+        end: &End<'_>,
+        ruling: Ruling,
+        flow: Option<Flow>,
+        head: &[u8],
+        len: u32,
+    ) -> Outcome {
         let Ruling::Deny { reason, reject, rule, log } = ruling else { return Outcome::Pass };
         if let Some(counters) = self.counters(end) {
             counters.deny(reason);
@@ -445,10 +500,15 @@ impl Stage {
 
 #[cold]
 fn no_longer_half_open(end: &End<'_>, connection: &Connection) {
-    if let Some(mut admission) = connection.decision.admission() {
+    tell_limits(&end.firewall.vm, connection.decision, connection.opener());
+}
+
+/// A connection that `opener` opened is no longer half-open.
+pub(super) fn tell_limits(vm: &VmFirewall, decision: Decision, opener: IpAddr) {
+    if let Some(mut admission) = decision.admission() {
         // The entry does not say so any more; this is the packet that ended it.
         admission.half_open = true;
-        end.firewall.vm.limits().established(connection.opener(), &mut admission);
+        vm.limits().established(opener, &mut admission);
     }
 }
 

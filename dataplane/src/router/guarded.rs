@@ -3,15 +3,17 @@
 //! A burst is cut into trains: consecutive plain packets between the same two ends, which are judged together, at the sender's firewall
 //! and at the receiver's; what is not plain is a train of its own. Three passes over the trains, so that the cache lines of the connection
 //! tables are on their way while other trains are looked at: what each is ([`Passage::look_at`]), where its entries are
-//! ([`Passage::locate`]), what becomes of it ([`Passage::conduct`]). Plain packets take the short way ([`crate::enforce::quick`]), all
-//! others [`crate::enforce::stage`]. What trains have in common that follow each other is found out once: see [`super::stretch`].
+//! ([`Passage::locate`]), what becomes of it ([`Passage::conduct`]). Plain packets take the short way ([`crate::enforce::quick`]), others
+//! whose headers have been read the middle one ([`crate::enforce::middle`]), all others [`crate::enforce::stage`]. What trains have in common
+//! that follow each other is found out once: see [`super::stretch`].
+mod known;
+
 use super::stretch::{Stretch, Stretches};
 use super::{Place, Recent, Router, Source, Target, accept_checksum, action, check_offload, judge, look_up, owes_work};
 use crate::bridge::fdb::PortId;
-use crate::conntrack::{Layout, Particulars, Plain, Toward, next_dither};
+use crate::conntrack::{Layout, Particulars, Plain, is_whole, next_dither};
 use crate::counters::DropReason;
 use crate::enforce::quick::{Quick, Train};
-use crate::enforce::stage::End;
 use crate::frame::{BURST, RxBurst, SNAPSHOT_BYTES};
 use crate::offload::VlanAction;
 use crate::output::Sender;
@@ -174,7 +176,9 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             let seen = read(head, have, meta.len as usize, facts);
             if owes_work(meta)
                 && !(checked && i == from)
-                && !seen.is_some_and(|(plain, is_plain)| is_plain && accept_checksum(meta, &plain))
+                && !seen.is_some_and(|(plain, is_plain)| {
+                    (is_plain || is_whole(&plain, facts, head, have)) && accept_checksum(meta, &plain)
+                })
             {
                 break;
             }
@@ -288,12 +292,22 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
 
     /// Past the sender's firewall, if there is one. Returns a bit for each frame that may go on.
     fn leave(&mut self, stretch: &Stretch, trains: &mut [Train]) -> u64 {
-        let (mut left, mut next) = (0, 0);
+        let (mut left, mut next, mut alike) = (0, 0, false);
         let (link, vlan, verified, dither) =
             (stretch.place.link, stretch.place.vlan, stretch.verify, self.router.dither);
         while let Some(rest) = trains.get_mut(next..).filter(|rest| !rest.is_empty()) {
+            if alike || rest.first().is_some_and(|first| !first.is_plain) {
+                alike = false;
+                let known = self.leave_known(stretch, rest, &mut left);
+                next += known;
+                if known != 0 {
+                    continue;
+                }
+            }
             let Some(near) = &mut self.near else { return trains.iter().fold(0, |all, train| all | train.frames()) };
             let (count, passed) = near.pass(link.src, vlan, verified, rest, &self.router.facts, u64::MAX, dither);
+            // What follows one that does not pass so may well be of its kind.
+            alike = true;
             left |= passed;
             next += count + 1;
             let Some(train) = rest.get_mut(count) else { break };
@@ -303,6 +317,9 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             while i < end {
                 left |= u64::from(self.leaves_slowly(stretch, train, i)) << i;
                 i += 1;
+                if i == end {
+                    break;
+                }
                 let facts = self.router.facts.get(i..end).unwrap_or_default();
                 let Some(near) = &mut self.near else { break };
                 let more = near.pass_some(link.src, vlan, verified, train, facts, dither);
@@ -313,21 +330,13 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         left
     }
 
+    /// Whether the source's firewall lets frame `i` go, whatever it is.
     #[inline(never)]
     fn leaves_slowly(&mut self, stretch: &Stretch, train: &mut Train, i: usize) -> bool {
-        let source = self.source;
-        let Some(firewall) = &source.port.firewall else { return true };
-        let end = End {
-            firewall,
-            port: source.port.id,
-            ingress: source.port.id,
-            // An answer to what the VM's own rules reject concerns no connection of the VM.
-            ingress_guarded: false,
-            toward: Toward::Egress,
-            vlan: stretch.place.vlan,
-            now_ns: source.now_ns,
+        let passes = match self.leaves_known(stretch, train, i, false) {
+            Some(passes) => passes,
+            None => self.leaves_unknown(stretch, i),
         };
-        let passes = judge(&mut self.router.stage, self.burst, i, &end, false, self.sender);
         // The connection may be there now.
         if i + 1 < usize::from(train.end)
             && let Some(near) = &self.near
@@ -335,6 +344,12 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             near.relocate(&mut train.near);
         }
         passes
+    }
+
+    #[inline(never)]
+    fn leaves_unknown(&mut self, stretch: &Stretch, i: usize) -> bool {
+        let Some(end) = self.source.near_end(stretch.place.vlan) else { return true };
+        judge(&mut self.router.stage, self.burst, i, &end, false, self.sender)
     }
 
     /// Finds where the frames of a stretch go, of which there is a bit for each; those that go elsewhere, or nowhere, have none afterwards.
@@ -370,7 +385,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
 
     /// Past the firewall of the output, which was met last. `frames`: a bit for each that wants to; returns those that may.
     fn arrive(&mut self, stretch: &Stretch, output: PortId, trains: &mut [Train], frames: u64) -> u64 {
-        let (mut entered, mut next) = (0, 0);
+        let (mut entered, mut next, mut alike) = (0, 0, false);
         let (link, vlan, verified, dither) =
             (stretch.place.link, stretch.place.vlan, stretch.verify, self.router.dither);
         if let Some(Far { quick, .. }) = &self.far
@@ -379,8 +394,17 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             find_anew(quick, trains, vlan);
         }
         while let Some(rest) = trains.get_mut(next..).filter(|rest| !rest.is_empty()) {
+            if alike || rest.first().is_some_and(|first| !first.is_plain) {
+                alike = false;
+                let known = self.arrive_known(stretch, output, rest, frames, &mut entered);
+                next += known;
+                if known != 0 {
+                    continue;
+                }
+            }
             let Some(Far { quick, .. }) = &mut self.far else { break };
             let (count, passed) = quick.pass(link.dst, vlan, verified, rest, &self.router.facts, frames, dither);
+            alike = true;
             entered |= passed;
             next += count + 1;
             let Some(train) = rest.get_mut(count) else { break };
@@ -394,6 +418,9 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
                 }
                 entered |= u64::from(self.arrives_slowly(stretch, train, i, output)) << i;
                 i += 1;
+                if i == end {
+                    break;
+                }
                 let wanting = (frames >> (i % 64)).trailing_ones() as usize;
                 let facts = self.router.facts.get(i..end.min(i + wanting)).unwrap_or_default();
                 let Some(Far { quick, .. }) = &mut self.far else { break };
@@ -408,8 +435,13 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
     #[inline(never)]
     fn arrives_slowly(&mut self, stretch: &Stretch, train: &mut Train, i: usize, output: PortId) -> bool {
         let (source, vlan, vouched) = (self.source, stretch.place.vlan, self.vouches());
-        let port = source.forwarding.port(output);
-        let passes = port.is_none_or(|port| self.router.admit(self.burst, source, i, vlan, vouched, port, self.sender));
+        let passes = match self.arrives_known(stretch, train, i, output, false) {
+            Some(passes) => passes,
+            None => source
+                .forwarding
+                .port(output)
+                .is_none_or(|port| self.router.admit(self.burst, source, i, vlan, vouched, port, self.sender)),
+        };
         // The connection may be there now.
         if i + 1 < usize::from(train.end)
             && let Some(Far { quick, .. }) = self.far.as_ref().filter(|far| far.output == output)

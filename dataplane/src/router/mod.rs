@@ -107,6 +107,37 @@ impl<T> Source<'_, T> {
     fn now_s(&self) -> u32 {
         (self.now_ns / 1_000_000_000) as u32
     }
+
+    /// The firewall of this port, which judges frames that the VM sends, if there is one.
+    #[inline]
+    fn near_end(&self, vlan: u16) -> Option<End<'_>> {
+        let (firewall, id) = (self.port.firewall.as_ref()?, self.port.id);
+        Some(End {
+            firewall,
+            port: id,
+            ingress: id,
+            // An answer to what the VM's own rules reject concerns no connection of the VM.
+            ingress_guarded: false,
+            toward: Toward::Egress,
+            vlan,
+            now_ns: self.now_ns,
+        })
+    }
+
+    /// The firewall of a port that frames from here go to, if it has one that judges: who takes a diverted frame in judges it.
+    #[inline]
+    fn far_end<'p>(&self, port: &'p PortEntry<T>, vlan: u16) -> Option<End<'p>> {
+        let firewall = port.firewall.as_ref().filter(|_| port.divert.is_none())?;
+        Some(End {
+            firewall,
+            port: port.id,
+            ingress: self.port.id,
+            ingress_guarded: self.port.firewall.is_some(),
+            toward: Toward::Ingress,
+            vlan,
+            now_ns: self.now_ns,
+        })
+    }
 }
 
 fn source<T>(forwarding: Option<&Forwarding<T>>, ingress: PortId, now_ns: u64) -> Option<Source<'_, T>> {
@@ -245,17 +276,7 @@ impl Router {
         port: &PortEntry<T>,
         sender: &mut Sender,
     ) -> bool {
-        // Who takes a diverted frame in judges it.
-        let Some(firewall) = port.firewall.as_ref().filter(|_| port.divert.is_none()) else { return true };
-        let end = End {
-            firewall,
-            port: port.id,
-            ingress: source.port.id,
-            ingress_guarded: source.port.firewall.is_some(),
-            toward: Toward::Ingress,
-            vlan,
-            now_ns: source.now_ns,
-        };
+        let Some(end) = source.far_end(port, vlan) else { return true };
         judge(&mut self.stage, burst, i, &end, vouched, sender)
     }
 
@@ -520,7 +541,7 @@ fn owes_only_checksum(head: &[u8; SNAPSHOT_BYTES], meta: &mut FrameMeta) -> bool
     }
 }
 
-/// All that a frame is owed is the checksum of its plain packet.
+/// All that a frame is owed is the checksum of its packet, which is plain, or whole.
 #[inline]
 fn accept_checksum(meta: &mut FrameMeta, plain: &Plain) -> bool {
     if meta.len > MAX_FRAME_BYTES || !plain.owes_checksum(&meta.offload) {
@@ -559,7 +580,14 @@ fn classify_any<T>(burst: &mut RxBurst, i: usize, port: &PortEntry<T>, sender: &
 /// One end judges frame `i`. True: it goes on.
 #[inline]
 fn judge(stage: &mut Stage, burst: &mut RxBurst, i: usize, end: &End<'_>, vouched: bool, sender: &mut Sender) -> bool {
-    match stage.judge(burst, i, end, vouched) {
+    let outcome = stage.judge(burst, i, end, vouched);
+    heed(outcome, i, sender)
+}
+
+/// Frame `i` is dropped or held if that is what becomes of it. True: it goes on.
+#[inline]
+fn heed(outcome: Outcome, i: usize, sender: &mut Sender) -> bool {
+    match outcome {
         Outcome::Pass => true,
         Outcome::Drop(reason) => {
             sender.fail(i, reason);

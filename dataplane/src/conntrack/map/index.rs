@@ -182,6 +182,21 @@ impl Index {
         places.tag << self.slot_bits | (slot + 1)
     }
 
+    /// No slot may have the key, but for one at `own`: a look with [`Self::find`] would find none.
+    #[inline(always)]
+    pub fn is_nowhere(&self, places: &Places, own: Option<Position>) -> bool {
+        let [first, second] = places.buckets;
+        let (Some(a), Some(b)) = (self.bucket(first), self.bucket(second)) else { return false };
+        let mut hits = [matches(a, places.tag, self.slot_bits), matches(b, places.tag, self.slot_bits)];
+        if let Some((bucket, place)) = own {
+            let [of_first, of_second] = &mut hits;
+            let own = if bucket == first { of_first } else { of_second };
+            *own &= !1u32.wrapping_shl(place);
+        }
+        let [a, b] = hits;
+        a | b == 0
+    }
+
     /// Enters a slot under a key. `None` when there is no place left.
     #[inline]
     pub fn put(&self, places: &Places, slot: u32) -> Option<Position> {
@@ -190,10 +205,13 @@ impl Index {
         let (a, b) = (self.bucket(first)?, self.bucket(second)?);
         // Each failure means that another thread has put a word here.
         for _ in 0..4 * PLACES {
-            let (left_a, left_b) = (matches(a, 0, self.slot_bits), matches(b, 0, self.slot_bits));
-            let (n_a, n_b) = (left_a.count_ones(), left_b.count_ones());
-            let (bucket, number, left) =
-                if n_a >= ROOMY || n_a >= n_b { (a, first, left_a) } else { (b, second, left_b) };
+            let left_a = matches(a, 0, self.slot_bits);
+            let (bucket, number, left) = if is_roomy(left_a) {
+                (a, first, left_a)
+            } else {
+                let left_b = matches(b, 0, self.slot_bits);
+                if left_a.count_ones() >= left_b.count_ones() { (a, first, left_a) } else { (b, second, left_b) }
+            };
             if left == 0 {
                 return None;
             }
@@ -217,6 +235,14 @@ impl Index {
             }
         }
     }
+}
+
+/// At least [`ROOMY`] bits are set.
+#[inline(always)]
+fn is_roomy(left: u32) -> bool {
+    // Counting all of them takes more, where there is no instruction for it.
+    let without_lowest = |bits: u32, _| bits & bits.wrapping_sub(1);
+    (1..ROOMY).fold(left, without_lowest) != 0
 }
 
 /// Fetches a value's first cache line.
@@ -303,6 +329,13 @@ mod tests {
     }
 
     #[test]
+    fn room_is_counted() {
+        for left in 0..1u32 << PLACES {
+            assert_eq!(is_roomy(left), left.count_ones() >= ROOMY, "{left:b}");
+        }
+    }
+
+    #[test]
     fn what_was_put_is_found_until_it_is_cleared() {
         let index = Index::new(100).unwrap();
         let hash = |n: u64| (n + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -316,8 +349,14 @@ mod tests {
             let find = || index.find(&places, |slot, at| (slot == n as u32).then_some(at));
             assert!(positions.contains(&find().unwrap()));
             assert!(index.neighbours(&places).any(|slot| slot == n as u32));
+            let at = find().unwrap();
+            assert!(!index.is_nowhere(&places, None));
+            // Another key may have the tag.
+            let others = |own| index.find(&places, |slot, _| (Some(slot) != own).then_some(())).is_none();
+            assert_eq!(index.is_nowhere(&places, Some(at)), others(Some(n as u32)));
             index.clear(&places, n as u32);
             assert!(find().is_none());
+            assert_eq!(index.is_nowhere(&places, None), others(None));
         }
     }
 

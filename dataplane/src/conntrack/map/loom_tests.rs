@@ -182,6 +182,47 @@ fn loom_two_insertions_of_one_key_are_one() {
     );
 }
 
+/// Stores the first sample where nothing is found. Returns 1 if it did.
+fn fills(s: &Shared, mark: u16, thread: usize) -> u32 {
+    let words = slot::to_words(&marked(1, mark));
+    let &[a, b, c, d, e, ..] = &words;
+    let key = [a, b, c, d, e];
+    let whereabouts = s.map.prefetch_places(s.map.ends(&key), e, false);
+    let Some(vacancy) = s.map.vacancy(whereabouts, &key) else { return 0 };
+    match s.map.fill(&vacancy, &words, 0, &s.count, thread) {
+        Ok(()) => 1,
+        Err(InsertError::Exists) => 0,
+        Err(InsertError::Full) => panic!("full"),
+    }
+}
+
+/// Who finds a key nowhere and stores it is no more alone than who looks in the course of it.
+#[test]
+fn loom_a_vacancy_is_filled_once() {
+    fn one_is_left(s: &Shared, won: [u32; 2]) {
+        // Where one sees the other on its way, and the other it, the lower place decides: one of them gets in.
+        assert_eq!(won.iter().sum::<u32>(), 1, "{won:?}");
+        assert_eq!(assert_sound(&s.map).len(), 1);
+    }
+    race([3, 1], || Shared::new(3, false), [|s| fills(s, 1, 0), |s| s.inserts(&marked(1, 2), 0, 1)], one_is_left);
+}
+
+/// The same against a removal: an entry or none, and versions rise.
+#[test]
+fn loom_a_vacancy_behind_a_removal() {
+    race(
+        [2, 1],
+        || Shared::new(3, true),
+        [|s| done(s.handle(0).remove(&s.copy())), |s| fills(s, 2, 1)],
+        |s, [removed, filled]| {
+            assert_eq!(removed, 1);
+            let entries = assert_sound(&s.map);
+            assert_eq!(entries.len() as u32, filled);
+            assert!(entries.iter().all(|entry| newer(entry.version, s.copy().version)));
+        },
+    );
+}
+
 #[test]
 fn loom_three_insertions_of_one_key_are_one() {
     race(

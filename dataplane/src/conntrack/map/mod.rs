@@ -60,7 +60,8 @@ use index::{Index, Places, Position, prefetch};
 use meta::{Meta, State, newest, next};
 use slab::{SHARDS, Slab};
 use slot::Busy;
-pub(super) use slot::{KeyWords, Look};
+pub(crate) use slot::KeyWords;
+pub(super) use slot::{EntryWords, Look};
 use stats::Counters;
 use sync::{AtomicU32, AtomicU64, Ordering, fence, spin};
 
@@ -162,6 +163,10 @@ impl Likely {
     /// None.
     pub(crate) const NONE: Self = Self(u32::MAX);
 }
+
+/// Places in which a key was not found.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Vacancy(Places);
 
 /// Another slot with a key.
 struct Rival {
@@ -368,6 +373,14 @@ impl ConnMap {
         }
     }
 
+    /// What others must know of the entry in this slot has changed.
+    #[inline(always)]
+    pub(super) fn note_semantic(&self, changed: Likely) {
+        if self.dirty.is_on() {
+            self.dirty.semantic.set(changed.0);
+        }
+    }
+
     /// The entry with this key, expired or not; from any thread.
     pub fn get(&self, key: &Key) -> Option<Connection> {
         let words = key.words();
@@ -405,10 +418,45 @@ impl ConnMap {
         observer: &dyn Observer,
         thread: usize,
     ) -> Result<u32, InsertError> {
-        let stored = self.try_insert(connection, version, now_ms, observer, thread);
+        let key = connection.key.words();
+        let places = self.index.places(self.hasher.hash(key));
+        let words = slot::to_words(connection);
+        let stored = self
+            .make_way(&places, &key, now_ms, observer, thread)
+            .and_then(|()| self.try_insert(&places, &words, version, now_ms, observer, thread));
+        self.note_insertion(stored, version.is_some(), thread);
+        stored
+    }
+
+    /// The key that is to be looked for at `whereabouts` is in no slot, or was not a moment ago: [`Self::fill`] need not look first.
+    #[inline(always)]
+    pub(crate) fn vacancy(&self, Whereabouts(hash): Whereabouts, key: &KeyWords) -> Option<Vacancy> {
+        let places = self.index.places(hash);
+        (self.index.is_nowhere(&places, None) || matches!(self.rival(&places, key, None), Ok(None)))
+            .then_some(Vacancy(places))
+    }
+
+    /// Stores a new connection where nothing was found: the words of a [`Connection`], of which that of version and expiry has no version.
+    /// Else as [`super::ConnTable::insert`].
+    #[inline]
+    pub(crate) fn fill(
+        &self,
+        Vacancy(places): &Vacancy,
+        words: &EntryWords,
+        now_ms: u64,
+        observer: &dyn Observer,
+        thread: usize,
+    ) -> Result<(), InsertError> {
+        let stored = self.try_insert(places, words, None, now_ms, observer, thread);
+        self.note_insertion(stored, false, thread);
+        stored.map(|_| ())
+    }
+
+    #[inline]
+    fn note_insertion(&self, stored: Result<u32, InsertError>, imported: bool, thread: usize) {
         let counters = self.counters(thread);
         Counters::count(match stored {
-            Ok(_) if version.is_some() => &counters.imported,
+            Ok(_) if imported => &counters.imported,
             Ok(_) => &counters.inserted,
             Err(InsertError::Full) => &counters.full,
             Err(InsertError::Exists) => &counters.exists,
@@ -418,44 +466,43 @@ impl ConnMap {
             if self.nothing_at_ms.load(Ordering::Relaxed) != 0 {
                 self.nothing_at_ms.store(0, Ordering::Relaxed);
             }
-            if self.dirty.is_on() {
-                self.dirty.semantic.set(number);
-            }
+            self.note_semantic(Likely(number));
         }
-        stored
     }
 
+    /// Stores an entry, unless another thread has done so meanwhile. Whoever calls has found no entry of this key.
+    #[inline]
     fn try_insert(
         &self,
-        connection: &Connection,
+        places: &Places,
+        words: &EntryWords,
         version: Option<u32>,
         now_ms: u64,
         observer: &dyn Observer,
         thread: usize,
     ) -> Result<u32, InsertError> {
-        let key = connection.key.words();
-        let places = self.index.places(self.hasher.hash(key));
-        self.make_way(&places, &key, now_ms, observer, thread)?;
+        let &[a, b, c, d, e, control, ..] = words;
+        let key = [a, b, c, d, e];
         let number = self.free_slot(now_ms, observer, thread).ok_or(InsertError::Full)?;
         let slot = self.slab.slot(number).ok_or(InsertError::Full)?;
-        let meta = slot.prepare(connection, &key);
+        let meta = slot.prepare(words);
         let withdraw = |error| {
             // If it was taken out of the race, it is free already.
             slot.shift(meta, meta.with(State::Free));
-            self.index.clear(&places, number);
+            self.index.clear(places, number);
             self.slab.give(thread, number);
             Err(error)
         };
-        let Some(position) = self.enter(&places, number, now_ms, observer, thread) else {
+        let Some(position) = self.enter(places, number, now_ms, observer, thread) else {
             return withdraw(InsertError::Full);
         };
-        if let Err(error) = self.contend(&places, &key, (number, position), now_ms, observer, thread) {
+        if let Err(error) = self.contend(places, &key, (number, position), now_ms, observer, thread) {
             return withdraw(error);
         }
         // Read only now: whoever removed this key's former entry has raised it before.
         let version = version.unwrap_or_else(|| {
             let highest = newest(self.floor.load(Ordering::Acquire), meta.version());
-            next(newest(highest, connection.version & VERSION_MAX))
+            next(newest(highest, (control >> 32) as u32 & VERSION_MAX))
         });
         if !slot.shift(meta, Meta::new(State::Live, version, meta.expires_ms())) {
             return withdraw(InsertError::Exists);
@@ -508,6 +555,18 @@ impl ConnMap {
         if let position @ Some(_) = self.index.put(places, number) {
             return position;
         }
+        self.enter_full(places, number, now_ms, observer, thread)
+    }
+
+    #[cold]
+    fn enter_full(
+        &self,
+        places: &Places,
+        number: u32,
+        now_ms: u64,
+        observer: &dyn Observer,
+        thread: usize,
+    ) -> Option<Position> {
         Counters::count(&self.counters(thread).bucket_full);
         for _ in 0..EVICTIONS {
             if !self.evict_neighbour(places, now_ms, observer, thread) {
@@ -533,6 +592,22 @@ impl ConnMap {
     ) -> Result<(), InsertError> {
         // Enter, then look: of two that do so, one at least sees the other.
         fence(Ordering::SeqCst);
+        if self.index.is_nowhere(places, Some(own.1)) {
+            return Ok(());
+        }
+        self.contend_with_rivals(places, key, own, now_ms, observer, thread)
+    }
+
+    #[inline(never)]
+    fn contend_with_rivals(
+        &self,
+        places: &Places,
+        key: &KeyWords,
+        own: (u32, Position),
+        now_ms: u64,
+        observer: &dyn Observer,
+        thread: usize,
+    ) -> Result<(), InsertError> {
         for _ in 0..ROUNDS {
             let rival = self.rival(places, key, Some(own.0)).map_err(|Busy| InsertError::Exists)?;
             let Some(rival) = rival else { return Ok(()) };

@@ -70,8 +70,17 @@ impl Slab {
     /// A free slot, for the caller alone.
     #[inline]
     pub fn take(&self, shard: usize) -> Option<u32> {
+        // While nothing has been given back, as when a table fills: all heads at a glance.
+        if self.heads.iter().fold(0, |tops, head| tops | head.load(Ordering::Relaxed) as u32) == 0 {
+            return self.take_new();
+        }
+        self.take_old(shard).or_else(|| self.take_new())
+    }
+
+    #[inline(never)]
+    fn take_old(&self, shard: usize) -> Option<u32> {
         let (before, from) = self.heads.split_at_checked(shard % SHARDS)?;
-        from.iter().chain(before).find_map(|head| self.pop(head)).or_else(|| self.take_new())
+        from.iter().chain(before).find_map(|head| self.pop(head))
     }
 
     fn take_new(&self) -> Option<u32> {

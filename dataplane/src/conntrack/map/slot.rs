@@ -14,8 +14,10 @@ use super::meta::{Meta, State, next};
 use super::sync::{AtomicU64, Ordering, fence, spin};
 
 /// A key as words.
-pub(in super::super) type KeyWords = [u64; 5];
-type Words = [u64; 15];
+pub(crate) type KeyWords = [u64; 5];
+/// A connection as words.
+pub(crate) type EntryWords = [u64; 15];
+type Words = EntryWords;
 
 /// Where the control word lies among an entry's words.
 const META: usize = 5;
@@ -41,7 +43,7 @@ const _: () = assert!(cfg!(target_endian = "little"), "the control word's halves
 const _: () = assert!(core::mem::offset_of!(Connection, key) == 0 && core::mem::offset_of!(Connection, version) == 44);
 
 #[inline]
-fn to_words(connection: &Connection) -> Words {
+pub(super) fn to_words(connection: &Connection) -> Words {
     // SAFETY: `Connection` is `repr(C)`, 120 bytes of integers without padding (40 of key, 19 words of 4 bytes, a word of 2 + 1 + 1),
     // so every byte is initialised; the sizes are equal or this does not compile.
     unsafe { core::mem::transmute::<Connection, Words>(*connection) }
@@ -263,20 +265,19 @@ impl Slot {
         }
     }
 
-    /// Fills a free slot that belongs to the caller; returns the control word, which is now `Tentative`.
+    /// Fills a free slot that belongs to the caller with the words of a connection; returns the control word, which is now `Tentative`.
     #[inline]
-    pub fn prepare(&self, connection: &Connection, key: &KeyWords) -> Meta {
+    pub fn prepare(&self, words: &Words) -> Meta {
         // Whoever sees one of the stores below also sees that the slot's former entry had gone.
         fence(Ordering::Release);
         for (word, at) in self.key.iter().zip(KEY) {
-            if let Some(&value) = key.get(at) {
+            if let Some(&value) = words.get(at) {
                 word.store(value, Ordering::Relaxed);
             }
         }
-        let words = to_words(connection);
-        self.scatter(&words);
+        self.scatter(words);
         let before = Meta(self.meta.load(Ordering::Relaxed));
-        let meta = Meta::new(State::Tentative, next(before.version()), expires_ms(&words));
+        let meta = Meta::new(State::Tentative, next(before.version()), expires_ms(words));
         self.meta.store(meta.0, Ordering::Release);
         meta
     }
@@ -473,7 +474,7 @@ mod tests {
         c.set_words([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
         c.set_assured();
         let key = c.key.words();
-        let tentative = slot.prepare(&c, &key);
+        let tentative = slot.prepare(&to_words(&c));
         assert!(matches!(slot.read(&key), Read::Absent));
         assert_eq!(slot.occupant(&key), Ok(Some(tentative)));
         assert!(slot.shift(tentative, Meta::new(State::Live, 9, tentative.expires_ms())));
@@ -491,7 +492,7 @@ mod tests {
         let slot = Slot::default();
         let c = sample(1);
         let key = c.key.words();
-        let tentative = slot.prepare(&c, &key);
+        let tentative = slot.prepare(&to_words(&c));
         let live = tentative.with(State::Live);
         assert!(slot.shift(tentative, live));
         let writing = slot.claim(live, &c, 5).unwrap();
