@@ -2,12 +2,17 @@
 //!
 //! In two parts: that of the two ends is the same whichever of them is the VM's, and the same in every map of the process, so that a packet
 //! that is judged at both ends is hashed once; the rest is each map's own.
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
+#[cfg(not(loom))]
+use std::hash::RandomState;
 use std::sync::LazyLock;
 
-/// Secrets of the process.
+/// Secrets of the process. The model checker's are always the same ones, so that what it finds can be found again.
 static PROCESS: LazyLock<[u64; 3]> = LazyLock::new(|| {
+    #[cfg(not(loom))]
     let random = RandomState::new();
+    #[cfg(loom)]
+    let random = std::hash::BuildHasherDefault::<std::hash::DefaultHasher>::new();
     // Odd factors lose nothing.
     [0u64, 1, 2].map(|n| random.hash_one(n) | 1)
 });
