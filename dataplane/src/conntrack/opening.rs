@@ -330,13 +330,12 @@ mod tests {
     use super::super::dissect::{Checksum, Packet, dissect};
     use super::super::plain::Layout;
     use super::super::steady::tests::{
-        GENERATION, OPTIONS, Random, Sent, checksum_ok, entries, frame, in_full, likely,
+        GENERATION, OPTIONS, Random, Sent, checksum_ok, entries, frame, in_full, likely, spoilt,
     };
     use super::super::tracker::Judgement;
     use super::*;
     use crate::firewall::limits::Admission;
     use crate::frame::Offload;
-    use crate::offload::checksum::internet_checksum;
     use crate::offload::validate;
     use crate::packet::{MacAddr, parse, parse_l2};
 
@@ -393,24 +392,7 @@ mod tests {
                 payload: random.pick(&[0, 0, 0, 1, 18, 700]),
                 options: if random.one_in(3) { random.pick(&OPTIONS) } else { random.pick(&SYN_OPTIONS) },
             };
-            let mut frame = frame(&sent);
-            if random.one_in(3) {
-                frame.resize(frame.len() + random.below(20) as usize, 0);
-            }
-            if random.one_in(8) {
-                frame.truncate(frame.len() - random.below(frame.len() as u64 - 14) as usize);
-            }
-            if random.one_in(2) {
-                let at = random.below(frame.len().min(90) as u64) as usize;
-                frame[at] = random.pick(&[random.0 as u8, 0, 1, frame[at] ^ 1 << (n % 8)]);
-                let l3 = if sent.tagged { 18 } else { 14 };
-                if !sent.ipv6 && random.one_in(2) && frame.len() >= l3 + 20 {
-                    frame[l3 + 10..l3 + 12].fill(0);
-                    let sum = internet_checksum(&frame[l3..l3 + 20]);
-                    frame[l3 + 10..l3 + 12].copy_from_slice(&sum.to_be_bytes());
-                }
-            }
-            let have = if random.one_in(4) { random.below(100) as usize } else { 128 };
+            let (frame, have) = spoilt(&mut random, &sent, n);
             known(&frame, have, |plain, whole| {
                 let Some(whole) = whole else {
                     left += 1;

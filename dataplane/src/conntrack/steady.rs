@@ -296,6 +296,30 @@ pub(crate) mod tests {
         f
     }
 
+    /// The frame, perhaps spoilt, and how much of it is at hand: padding; a frame cut short; bytes changed anywhere in the headers, the IPv4
+    /// checksum put right again or not.
+    pub(crate) fn spoilt(random: &mut Random, sent: &Sent, n: u32) -> (Vec<u8>, usize) {
+        let mut frame = frame(sent);
+        if random.one_in(3) {
+            frame.resize(frame.len() + random.below(20) as usize, 0);
+        }
+        if random.one_in(8) {
+            frame.truncate(frame.len() - random.below(frame.len() as u64 - 14) as usize);
+        }
+        if random.one_in(2) {
+            let at = random.below(frame.len().min(90) as u64) as usize;
+            frame[at] = random.pick(&[random.0 as u8, 0, 1, frame[at] ^ 1 << (n % 8)]);
+            let l3 = if sent.tagged { 18 } else { 14 };
+            if !sent.ipv6 && random.one_in(2) && frame.len() >= l3 + 20 {
+                frame[l3 + 10..l3 + 12].fill(0);
+                let sum = internet_checksum(&frame[l3..l3 + 20]);
+                frame[l3 + 10..l3 + 12].copy_from_slice(&sum.to_be_bytes());
+            }
+        }
+        let have = if random.one_in(4) { random.below(100) as usize } else { 128 };
+        (frame, have)
+    }
+
     /// The plain packet of a frame, read as the packet path does.
     fn plain(frame: &[u8], have: usize) -> Option<(Plain, Particulars)> {
         let mut head = [0xee; SNAPSHOT_BYTES];
@@ -340,25 +364,7 @@ pub(crate) mod tests {
                 payload: random.pick(&[0, 1, 6, 18, 100, 700]),
                 options: random.pick(&OPTIONS),
             };
-            let mut frame = frame(&sent);
-            // Padding; a frame cut short; bytes changed anywhere in the headers, the IPv4 checksum put right again or not.
-            if random.one_in(3) {
-                frame.resize(frame.len() + random.below(20) as usize, 0);
-            }
-            if random.one_in(8) {
-                frame.truncate(frame.len() - random.below(frame.len() as u64 - 14) as usize);
-            }
-            if random.one_in(2) {
-                let at = random.below(frame.len().min(90) as u64) as usize;
-                frame[at] = random.pick(&[random.0 as u8, 0, 1, frame[at] ^ 1 << (n % 8)]);
-                let l3 = if sent.tagged { 18 } else { 14 };
-                if !sent.ipv6 && random.one_in(2) && frame.len() >= l3 + 20 {
-                    frame[l3 + 10..l3 + 12].fill(0);
-                    let sum = internet_checksum(&frame[l3..l3 + 20]);
-                    frame[l3 + 10..l3 + 12].copy_from_slice(&sum.to_be_bytes());
-                }
-            }
-            let have = if random.one_in(4) { random.below(100) as usize } else { 128 };
+            let (frame, have) = spoilt(&mut random, &sent, n);
             let Some((plain, seen)) = plain(&frame, have) else { continue };
             plain_ones += 1;
             let look = |checksum| {
