@@ -4,6 +4,7 @@ use crate::frame::{STAMP, flags};
 use crate::guest::ring::{DriverRing, NET_HEADER};
 use crate::guest::{Guest, GuestSpec};
 use crate::histogram::Histogram;
+use crate::patience::Patience;
 use crate::stream::{Frames, Step, StreamSpec};
 use anyhow::{Context, Result, bail};
 use std::collections::VecDeque;
@@ -30,8 +31,14 @@ pub struct Handshakes {
 
 /// Most connections under way at a time: no ring may overflow.
 pub const MOST_UNDER_WAY: u32 = 96;
-/// Nothing has moved for this long: what is under way is lost.
+/// Frames that the switch does not take in this much polling stay where they are.
+const STUCK: Duration = Duration::from_secs(1);
+/// Nothing has moved in this much polling: what is under way is lost.
 const STALLED: Duration = Duration::from_millis(20);
+/// The same for one frame of a ping-pong.
+const LOST: Duration = Duration::from_millis(100);
+/// The same for the last frames of a steady stream.
+const LATE: Duration = Duration::from_millis(5);
 
 impl<R: DriverRing> Pair<R> {
     /// Attaches both guests. `streams` are the opener's and the answerer's.
@@ -49,11 +56,11 @@ impl<R: DriverRing> Pair<R> {
 
     fn set_len(&mut self, bytes: usize) -> Result<()> {
         for g in &mut self.guests {
-            let deadline = Instant::now() + Duration::from_secs(1);
+            let mut patience = Patience::new();
             while g.tx.free() < g.tx.buffers() {
                 g.tx.collect(u16::MAX).context("nonsense in a ring")?;
                 g.kick();
-                if Instant::now() > deadline {
+                if patience.waited() > STUCK {
                     bail!("the switch does not take what was sent");
                 }
             }
@@ -115,10 +122,10 @@ impl<R: DriverRing> Pair<R> {
         Ok(histogram)
     }
 
-    /// Waits for one frame, up to 100 ms.
+    /// Waits for one frame; `false` when it is lost.
     fn receive_one(&mut self, from: usize, to: usize, frames: &Frames) -> Result<bool> {
         let mut turns = 0u32;
-        let mut deadline = None;
+        let mut patience = None;
         loop {
             self.guests[from].tx.collect(u16::MAX).context("nonsense in a ring")?;
             let n = self.guests[to].rx.collect(u16::MAX).context("nonsense in a ring")?;
@@ -137,8 +144,7 @@ impl<R: DriverRing> Pair<R> {
             if turns.is_multiple_of(64) {
                 self.guests[from].kick();
                 self.guests[to].kick();
-                let deadline = *deadline.get_or_insert_with(|| Instant::now() + Duration::from_millis(100));
-                if Instant::now() > deadline {
+                if patience.get_or_insert_with(Patience::new).waited() > LOST {
                     return Ok(false);
                 }
             }
@@ -161,6 +167,7 @@ impl<R: DriverRing> Pair<R> {
         let end = begin + duration.as_nanos() as u64;
         let (mut sent, mut received) = (0u64, 0u64);
         let mut turns = 0u32;
+        let mut patience = None;
         loop {
             let now = self.now();
             let [a, b] = &mut self.guests;
@@ -178,7 +185,8 @@ impl<R: DriverRing> Pair<R> {
             }
             a.tx.collect(u16::MAX).context("nonsense in a ring")?;
             if now >= end {
-                if n == 0 && (received >= sent || now > end + 5_000_000) {
+                let all = n == 0 && received >= sent;
+                if all || patience.get_or_insert_with(Patience::new).waited() > LATE {
                     break;
                 }
             } else {
@@ -236,6 +244,7 @@ impl<R: DriverRing> Pair<R> {
         let mut result = Handshakes::default();
         let start = self.now();
         let mut moved = start;
+        let mut patience = None;
         while done + (result.failed as u32) < count {
             let now = self.now();
             let mut work = false;
@@ -309,13 +318,15 @@ impl<R: DriverRing> Pair<R> {
             }
             if work {
                 moved = now;
-            } else if now - moved > STALLED.as_nanos() as u64 {
+                patience = None;
+            } else if patience.get_or_insert_with(Patience::new).waited() > STALLED {
                 result.failed += u64::from(under_way);
                 if done == 0 && result.failed > 4 * u64::from(MOST_UNDER_WAY) {
                     bail!("no connection is completed");
                 }
                 under_way = 0;
                 moved = now;
+                patience = None;
             } else {
                 self.guests.iter().for_each(Guest::kick);
             }

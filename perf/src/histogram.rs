@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 const SUB: u32 = 6;
 
 /// Counts of values, in buckets whose width grows with the value.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Histogram {
     counts: Vec<u64>,
     total: u64,
@@ -14,6 +14,14 @@ pub struct Histogram {
 impl Default for Histogram {
     fn default() -> Self {
         Self { counts: vec![0; ((64 - SUB as usize) + 1) << SUB], total: 0, max: 0 }
+    }
+}
+
+/// Not the thousands of buckets.
+impl std::fmt::Debug for Histogram {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [median, p99] = [0.5, 0.99].map(|share| self.quantile(share));
+        write!(f, "Histogram({} values, median {median}, p99 {p99}, most {})", self.total, self.max)
     }
 }
 

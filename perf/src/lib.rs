@@ -11,6 +11,7 @@ pub mod generator;
 pub mod guest;
 pub mod histogram;
 pub mod hugepages;
+pub mod patience;
 pub mod peers;
 pub mod process;
 pub mod regime;

@@ -285,11 +285,12 @@ fn pair(switch: &FakeSwitch, transport: Transport) -> Pair<SplitRing> {
 fn handshakes_are_completed_with_and_without_close() {
     let switch = FakeSwitch::start(Fault::None);
     let mut p = pair(&switch, Transport::Tcp);
-    for (first, under_way, close) in [(0, 96, false), (10_000, 1, false), (30_000, 96, true)] {
-        let done = p.handshakes(first, 5000, under_way, close).expect("handshakes");
-        assert!(done.setup_ns.count() + done.failed >= 5000 && done.per_second > 0.0, "{done:?}");
+    for (first, count, under_way, close) in [(0, 5000, 96, false), (10_000, 500, 1, false), (30_000, 5000, 96, true)] {
+        let done = p.handshakes(first, count, under_way, close).expect("handshakes");
+        let all = u64::from(count);
+        assert!(done.setup_ns.count() + done.failed >= all && done.per_second > 0.0, "{done:?}");
         // A loaded machine may keep the switch from answering in time; most connections are completed all the same.
-        assert!(done.failed < 2500, "{done:?}");
+        assert!(done.failed < all / 2, "{done:?}");
     }
 }
 
