@@ -422,6 +422,26 @@ fn frames_for_others_are_not_shown_to_a_vm() {
 }
 
 #[test]
+fn what_a_vm_sends_to_a_station_that_nobody_knows_goes_to_the_uplink_alone() {
+    let net = Net::new(&["web"], |_, _| {});
+    let unknown = (0x0200_0000_0077, OUT, 80);
+    let talk = |n: u16| udp((A_MAC, A, 5000 + n % 3), unknown, &n.to_be_bytes());
+    // A burst in which most frames go where the one before them went, and one that must not.
+    let mut frames: Vec<_> = (0..40).map(talk).collect();
+    frames.insert(20, udp((A_MAC, B, 5000), unknown, b"another's address"));
+    net.send_all(&net.a, &frames);
+    frames.remove(20);
+    assert_eq!(net.out.take(), frames);
+    assert!(net.b.take().is_empty() && net.a.take().is_empty());
+    assert_eq!((net.connections(0).len(), net.denied(0, Direction::Egress, "spoof_source_ipv4")), (3, 1));
+    // It answers, from where nobody expected it: from then on it is known there.
+    net.send(&net.out, &udp(unknown, (A_MAC, A, 5001), b"answer"));
+    assert_eq!(net.a.take().len(), 1);
+    net.send(&net.a, &talk(1));
+    assert_eq!(net.out.take(), [talk(1)]);
+}
+
+#[test]
 fn rejected_senders_are_told() {
     let net = Net::new(&["web"], |_, policy| policy.default_ingress = Action::Reject);
     net.send(&net.out, &tcp((OUT_MAC, OUT, 4001), (A_MAC, A, 22), SYN, 7, 0, b""));

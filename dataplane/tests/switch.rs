@@ -106,6 +106,36 @@ fn floods_learns_and_isolates_bridges() {
 }
 
 #[test]
+fn frames_for_nobody_known_go_to_every_port_that_may_have_them_even_if_it_is_one() {
+    let sw = switch(1);
+    let br = sw.add_bridge("br0", BridgeOptions::default()).unwrap();
+    let (pa, a) = port(&sw, "a10", br, VlanMode::Access { tag: 10 });
+    let (_, b) = port(&sw, "b10", br, VlanMode::Access { tag: 10 });
+    let (_, other) = port(&sw, "c20", br, VlanMode::Access { tag: 20 });
+    let frames: Vec<_> = (0..40u8).map(|n| frame(B, A, None, &[n])).collect();
+    a.put_all(&frames);
+    assert_eq!(settled(&sw, 40), (40, 40, 0));
+    assert_eq!(b.take(), frames);
+    assert!(other.take().is_empty());
+    // The station turns up behind the port that asked for it.
+    a.put(&frame(ALL, B, None, b"here"));
+    settled(&sw, 41);
+    a.put(&frames[0]);
+    assert_eq!(settled(&sw, 42), (42, 41, 1));
+    let stats = sw.stats();
+    assert_eq!(stats.ports.iter().find(|p| p.id == pa).unwrap().rx.drops.get("same_port"), Some(&1));
+    b.take();
+    // Nobody at all, and then two of them.
+    other.put(&frame(B, A, None, b"alone"));
+    assert_eq!(settled(&sw, 43), (43, 41, 2));
+    let (_, trunk) = port(&sw, "trunk", br, VlanMode::Trunk { trunks: vec![10] });
+    let unknown = frame(0x0200_0000_0077, A, None, b"for whom?");
+    a.put_all(&[unknown.clone(), unknown.clone()]);
+    assert_eq!(settled(&sw, 45), (45, 43, 2));
+    assert_eq!((b.take(), trunk.take().len()), (vec![unknown.clone(), unknown], 2));
+}
+
+#[test]
 fn vlans_are_kept_apart_and_tags_rewritten() {
     let sw = switch(1);
     let br = sw.add_bridge("br0", BridgeOptions::default()).unwrap();

@@ -127,7 +127,12 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         stretches.begin(burst, i, source.port, sender, train, |stretch| {
             let Place { link, vlan, .. } = stretch.place;
             stretch.output = source.bridge.fdb.lookup(vlan, link.dst, source.now_s());
-            stretch.foretold = stretch.output.filter(|&output| face(far, source, output, *thread));
+            // Somebody may be learned there until the stretch's turn comes.
+            let likely = match stretch.output {
+                None if !link.dst.is_multicast() => source.sole_other(link.dst, vlan),
+                output => output,
+            };
+            stretch.foretold = likely.filter(|&output| face(far, source, output, *thread));
             let far_verifies = stretch.foretold.is_some() && far.as_ref().is_some_and(|far| far.quick.verifies());
             stretch.verify = near_verifies || far_verifies;
         })

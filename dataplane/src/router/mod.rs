@@ -140,6 +140,30 @@ impl<T> Source<'_, T> {
     }
 }
 
+impl<'a, T> Source<'a, T> {
+    /// A member of the bridge, if frames from here with this destination are flooded to it in this VLAN.
+    fn flooded(&self, member: PortId, dst: MacAddr, vlan: u16) -> Option<&'a PortEntry<T>> {
+        let port = self.forwarding.port(member).filter(|_| member != self.port.id)?;
+        port.vlan.egress(vlan)?;
+        // A frame for someone else is no business of this VM's, and no denial.
+        let is_foreign = !dst.is_multicast()
+            && port
+                .firewall
+                .as_ref()
+                .is_some_and(|firewall| firewall.rules.spoof.is_enabled() && !firewall.rules.spoof.has_mac(dst));
+        (!is_foreign).then_some(port)
+    }
+
+    /// The one port that frames with this destination, which nobody has learned, are flooded to, if it is one: between two ports, and
+    /// for all that VMs whose addresses are known send into a network that they share with one uplink.
+    #[cold]
+    fn sole_other(&self, dst: MacAddr, vlan: u16) -> Option<PortId> {
+        let mut all = self.bridge.members.iter().filter_map(|&member| self.flooded(member, dst, vlan));
+        let first = all.next()?;
+        all.next().is_none().then_some(first.id)
+    }
+}
+
 fn source<T>(forwarding: Option<&Forwarding<T>>, ingress: PortId, now_ns: u64) -> Option<Source<'_, T>> {
     let forwarding = forwarding?;
     let port = forwarding.port(ingress).filter(|port| port.admin_up)?;
@@ -374,19 +398,10 @@ impl Router {
         let mut any = false;
         let mut refused = false;
         for &member in &source.bridge.members {
-            let Some(port) = source.forwarding.port(member).filter(|_| member != source.port.id) else { continue };
-            if let Some(firewall) = &port.firewall {
-                // A frame for someone else is no business of this VM's, and no denial.
-                let foreign = !place.link.dst.is_multicast()
-                    && firewall.rules.spoof.is_enabled()
-                    && !firewall.rules.spoof.has_mac(place.link.dst);
-                if foreign || port.vlan.egress(place.vlan).is_none() {
-                    continue;
-                }
-                if !self.admit(burst, source, i, place.vlan, vouched, port, sender) {
-                    refused = true;
-                    continue;
-                }
+            let Some(port) = source.flooded(member, place.link.dst, place.vlan) else { continue };
+            if port.firewall.is_some() && !self.admit(burst, source, i, place.vlan, vouched, port, sender) {
+                refused = true;
+                continue;
             }
             any |= self.enqueue(port, i, place.vlan, place.tag).is_some();
         }
@@ -451,17 +466,17 @@ fn look_up<T>(
         }
         return Target::Flood;
     }
-    match found.or_else(|| fdb.lookup(vlan, dst, source.now_s())) {
+    let output = match found.or_else(|| fdb.lookup(vlan, dst, source.now_s())) {
         Some(output) if output == ingress => {
             sender.fail(i, DropReason::SamePort);
-            Target::None
+            return Target::None;
         }
-        Some(output) => {
-            *recent = Some(Recent { link, vlan, output });
-            Target::Port(output)
-        }
-        None => Target::Flood,
-    }
+        None => source.sole_other(dst, vlan),
+        output => output,
+    };
+    let Some(output) = output else { return Target::Flood };
+    *recent = Some(Recent { link, vlan, output });
+    Target::Port(output)
 }
 
 /// Addresses and EtherType of a frame of which `head` has the first `have` bytes, if it is an untagged one.
