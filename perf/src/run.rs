@@ -289,7 +289,8 @@ fn virtio_user_turn(
         Entry::Occupied(e) => e.into_mut(),
         Entry::Vacant(e) => {
             let core = plan.generator_core;
-            e.insert(VirtioUser::start(system.sockets(), core, job.frame_bytes, job.rings, folder)?)
+            let log = folder.join(format!("virtio-user-{}.log", e.key().name()));
+            e.insert(VirtioUser::start(system.sockets(), core, job.frame_bytes, job.rings, &log)?)
         }
     };
     generator.process().pause();

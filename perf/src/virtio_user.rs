@@ -17,7 +17,7 @@ pub struct VirtioUser {
 }
 
 impl VirtioUser {
-    /// Attaches to the first two sockets and begins to send frames of this length.
+    /// Attaches to the first two sockets and begins to send frames of this length. `log`: a file of its own.
     ///
     /// # Errors
     /// When testpmd is missing or the switch does not answer.
@@ -26,7 +26,7 @@ impl VirtioUser {
         core: usize,
         frame_bytes: usize,
         rings: RingFormat,
-        folder: &Path,
+        log: &Path,
     ) -> Result<Self> {
         let mut c = Command::new("stdbuf");
         // The command line's thread must not share the sending thread's core alone: it would never get to answer.
@@ -54,7 +54,7 @@ impl VirtioUser {
         for i in 0..2u8 {
             c.arg(format!("--eth-peer={i},{}", Station::new(2 - i).mac_text()));
         }
-        let mut process = Process::start(c, &folder.join("virtio-user.log"))?;
+        let mut process = Process::start(c, log)?;
         process.wait_for("prompt", Duration::from_secs(30), |p| p.log().contains("testpmd> "))?;
         Ok(Self { process, core })
     }
