@@ -106,6 +106,9 @@ impl Engine for ModelEngine {
     fn housekeeper(&self) -> Box<dyn Fn() + Send> {
         Box::new(|| ())
     }
+    fn provider(&self) -> Box<dyn Fn() -> bool + Send> {
+        Box::new(|| false)
+    }
     fn take_firewall_events(&mut self, _: &mut Vec<FirewallRecord>) -> u64 {
         0
     }

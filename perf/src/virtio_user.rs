@@ -21,13 +21,7 @@ impl VirtioUser {
     ///
     /// # Errors
     /// When testpmd is missing or the switch does not answer.
-    pub fn start(
-        sockets: &[PathBuf],
-        core: usize,
-        frame_bytes: usize,
-        rings: RingFormat,
-        log: &Path,
-    ) -> Result<Self> {
+    pub fn start(sockets: &[PathBuf], core: usize, frame_bytes: usize, rings: RingFormat, log: &Path) -> Result<Self> {
         let mut c = Command::new("stdbuf");
         // The command line's thread must not share the sending thread's core alone: it would never get to answer.
         let last = std::thread::available_parallelism().map_or(1, usize::from) - 1;

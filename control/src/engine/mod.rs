@@ -88,8 +88,11 @@ pub trait Engine: Send {
     fn firewall_stats(&self) -> BTreeMap<String, FirewallStats>;
     /// Takes what was reported of single connections since the last call; returns how many reports were lost.
     fn take_firewall_events(&mut self, out: &mut Vec<FirewallRecord>) -> u64;
-    /// What is to be called now and then, not under the daemon's lock: it gets memory ready before traffic needs it.
+    /// What is to be called about ten times a second, not under the daemon's lock.
     fn housekeeper(&self) -> Box<dyn Fn() + Send>;
+    /// What gets memory ready before traffic needs it. To be called every few milliseconds, not under the daemon's lock, and again within
+    /// one if it returns true.
+    fn provider(&self) -> Box<dyn Fn() -> bool + Send>;
     /// Walks a packet through every stage, as if it came from or went to `port`, without any effect.
     fn trace(&self, port: &str, packet: &Described) -> Result<Trace, EngineError>;
     /// The switch as migrations see it; none: this engine has no guests.

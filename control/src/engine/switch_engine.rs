@@ -353,6 +353,11 @@ impl<O: Opener> Engine for SwitchEngine<O> {
         })
     }
 
+    fn provider(&self) -> Box<dyn Fn() -> bool + Send> {
+        let switch = Arc::downgrade(&self.switch);
+        Box::new(move || switch.upgrade().is_some_and(|switch| switch.provide_tables()))
+    }
+
     fn trace(&self, port: &str, packet: &Described) -> Result<Trace, EngineError> {
         let id = self.port(port)?.id;
         let from = match packet.direction {

@@ -10,6 +10,10 @@ use crate::core::WeakCore;
 
 /// How often reports are fetched.
 const INTERVAL: Duration = Duration::from_millis(100);
+/// How often it is looked whether connection tables need memory: what is ready lasts for that long at 3 million new connections a second.
+const LOOK: Duration = Duration::from_millis(10);
+/// The same while one of them grows fast.
+const GROWTH: Duration = Duration::from_millis(1);
 
 /// History and flow log, shared by the thread that feeds them and the API.
 #[derive(Clone)]
@@ -94,7 +98,11 @@ impl Observer {
 /// Feeds the observer of `core`, and keeps connection tables' memory ready, until the core is gone.
 pub fn run(core: &WeakCore) {
     let mut records = Vec::new();
-    let Some(housekeeper) = core.upgrade().map(|core| core.lock().engine().housekeeper()) else { return };
+    let jobs = core.upgrade().map(|core| {
+        let core = core.lock();
+        (core.engine().housekeeper(), core.engine().provider())
+    });
+    let Some((housekeeper, provider)) = jobs else { return };
     loop {
         let Some(shared) = core.upgrade() else { return };
         records.clear();
@@ -108,6 +116,14 @@ pub fn run(core: &WeakCore) {
             observer.take(&records, lost);
         }
         housekeeper();
-        std::thread::sleep(INTERVAL);
+        let next = Instant::now() + INTERVAL;
+        loop {
+            let pause = if provider() { GROWTH } else { LOOK };
+            let left = next.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            std::thread::sleep(pause.min(left));
+        }
     }
 }

@@ -397,8 +397,14 @@ impl<K: Kinds> Switch<K> {
         RuleLine::of(&rules.policy, event.rule?)
     }
 
-    /// Gets the memory of VMs' tables ready before traffic needs it, and deletes some expired connections: PMD threads that sleep
-    /// do so only rarely. To be called every few milliseconds to a second, not by a PMD thread; takes less than a millisecond.
+    /// Gets the memory of VMs' tables ready before traffic needs it. To be called every few milliseconds, not by a PMD thread, and again
+    /// within one when it returns true: some table grows fast.
+    pub fn provide_tables(&self) -> bool {
+        self.vms().iter().fold(false, |any, vm| vm.map().populate_ahead() | any)
+    }
+
+    /// Deletes some expired connections: PMD threads that sleep do so only rarely. To be called about ten times a second, not by a PMD
+    /// thread; takes less than a millisecond.
     pub fn tend_tables(&self) {
         let vms = self.vms();
         let now_ms = self.clock.now_ns() / 1_000_000;
@@ -406,7 +412,6 @@ impl<K: Kinds> Switch<K> {
         let first = self.tended.fetch_add(1, Relaxed);
         for n in 0..vms.len() {
             let Some(vm) = vms.get(first.wrapping_add(n) % vms.len()) else { continue };
-            vm.map().populate_ahead();
             if budget > 0 && !vm.map().is_empty() {
                 let entries = budget.min(TEND_ENTRIES / 4);
                 vm.sweep(now_ms, entries);

@@ -274,9 +274,10 @@ impl ConnMap {
     }
 
     /// Backs the next 4 MB of entries, 35,000 connections, with memory, in huge pages where there are any. A control thread should call
-    /// it every few milliseconds; otherwise, or when it does not keep up, PMD threads fault pages in one by one, about a microsecond each.
-    pub fn populate_ahead(&self) {
-        self.slab.populate_ahead();
+    /// it every few milliseconds, and again within one when it returns true: more than a quarter of what was ready has been used since.
+    /// Otherwise PMD threads fault small pages in one by one, about a microsecond each, and the table stays on small pages there.
+    pub fn populate_ahead(&self) -> bool {
+        self.slab.populate_ahead()
     }
 
     /// A key's hash, for [`ConnHandle::lookup_hashed`].

@@ -125,10 +125,13 @@ impl Slab {
     }
 
     /// See [`super::ConnMap::populate_ahead`].
-    pub fn populate_ahead(&self) {
+    pub fn populate_ahead(&self) -> bool {
         let mut populated = self.populated.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let ahead = AHEAD_BYTES / size_of::<Slot>();
-        *populated = self.slots.populate(*populated, (self.used() as usize).saturating_add(ahead));
+        let (used, ahead) = (self.used() as usize, AHEAD_BYTES / size_of::<Slot>());
+        let left = populated.saturating_sub(used * size_of::<Slot>());
+        let is_growing = *populated < self.bytes() && left < AHEAD_BYTES / 4 * 3;
+        *populated = self.slots.populate(*populated, used.saturating_add(ahead));
+        is_growing
     }
 }
 
@@ -160,16 +163,20 @@ mod tests {
     #[cfg_attr(miri, ignore = "maps no memory")]
     fn memory_is_populated_up_to_the_end_and_no_further() {
         let slab = Slab::new(400_000).unwrap();
-        slab.populate_ahead();
+        assert!(slab.populate_ahead(), "nothing was there");
         let first = *slab.populated.lock().unwrap();
         assert!((AHEAD_BYTES - size_of::<Slot>()..AHEAD_BYTES + (4 << 20)).contains(&first), "{first}");
-        slab.populate_ahead();
+        assert!(!slab.populate_ahead());
         assert_eq!(*slab.populated.lock().unwrap(), first, "nothing was used");
-        for _ in 0..400_000 {
+        let most = first / size_of::<Slot>();
+        for n in 0..400_000 {
             slab.take(0).unwrap();
+            if n == most {
+                assert!(slab.populate_ahead(), "all is used");
+            }
         }
-        slab.populate_ahead();
+        assert!(slab.populate_ahead());
         assert_eq!(*slab.populated.lock().unwrap(), slab.bytes());
-        slab.populate_ahead();
+        assert!(!slab.populate_ahead(), "it cannot grow");
     }
 }
