@@ -4,7 +4,7 @@
 //!
 //! Shown is what the quietest bursts (2nd percentile) and the typical ones (median) take. TCP sends in both directions. `new` is
 //! nanoseconds per handshake (SYN, SYN-ACK, ACK) at both ends while the tables fill up to the named number of connections, without their
-//! removal; `syn`, `syn-ack` and `ack` are its parts.
+//! removal; `syn`, `syn-ack` and `ack` are its parts. Bursts are of 64 frames, `alone` of one.
 use std::time::{Duration, Instant};
 
 use ferry_dataplane::clock::cycles;
@@ -28,7 +28,7 @@ fn ticks_per_ns() -> f64 {
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let per_ns = ticks_per_ns();
-    let measure = |name: &str, warm_up: usize, make: &dyn Fn() -> Worker<SyntheticKinds>| {
+    let measure = |name: &str, burst: usize, warm_up: usize, make: &dyn Fn() -> Worker<SyntheticKinds>| {
         if !wanted.is_empty() && !wanted.iter().any(|w| name == w) {
             return;
         }
@@ -45,29 +45,34 @@ fn main() {
                 samples.push(cycles() - from);
             }
         }
-        print(name, per_ns, samples, BURST);
+        print(name, per_ns, samples, burst);
     };
     println!("{:<32} {:>7} {:>7}", "", "quiet", "typical");
     for (bytes, stations) in [(64, 1), (64, 1000), (1518, 1)] {
-        measure(&format!("l2 {bytes} B, {stations} pairs"), 2000, &|| {
+        measure(&format!("l2 {bytes} B, {stations} pairs"), BURST, 2000, &|| {
             l2_worker(bytes, stations).expect("a fresh domain has room for a reader")
         });
     }
-    for both_ends in [false, true] {
-        for connections in [1, 10_000, 1_000_000] {
-            let name = format!("{} {connections}", if both_ends { "both ends" } else { "one end" });
-            let load = FirewallLoad { frame_bytes: 64, connections, rules: 10, both_ends };
-            measure(&name, 2 * connections as usize / BURST + 2000, &|| {
-                firewall_worker(load).expect("memory for the tables").0
+    // The last ones: frames that come alone.
+    let loads = |burst: usize| {
+        let ends = if burst == 1 { &[true][..] } else { &[false, true] };
+        ends.iter().flat_map(move |&both_ends| {
+            let loads = [1, 10_000, 1_000_000].map(|connections| {
+                let alone = if burst == 1 { ", alone" } else { "" };
+                let name = format!("{} {connections}{alone}", if both_ends { "both ends" } else { "one end" });
+                (name, FirewallLoad { frame_bytes: 64, connections, rules: 10, both_ends, burst })
             });
-        }
+            loads.into_iter().take(if burst == 1 { 2 } else { 3 })
+        })
+    };
+    let loads = || loads(BURST).chain(loads(1));
+    for (name, load) in loads() {
+        measure(&name, load.burst, 2 * load.connections as usize / load.burst + 2000, &|| {
+            firewall_worker(load).expect("memory for the tables").0
+        });
     }
-    for both_ends in [false, true] {
-        for connections in [1, 10_000, 1_000_000] {
-            let load = FirewallLoad { frame_bytes: 64, connections, rules: 10, both_ends };
-            let ends = if both_ends { "both ends" } else { "one end" };
-            tcp(&format!("tcp {ends} {connections}"), &wanted, per_ns, load);
-        }
+    for (name, load) in loads() {
+        tcp(&format!("tcp {name}"), &wanted, per_ns, load);
     }
 }
 
@@ -80,7 +85,8 @@ fn tcp(name: &str, wanted: &[String], per_ns: f64, load: FirewallLoad) {
     let mut offered = 0;
     let mut step = |switch: &mut TcpSwitch| {
         let phase = switch.lay_out();
-        offered += if phase == Phase::Data { 2 * BURST } else { BURST.min(switch.connections() as usize) } as u64;
+        offered +=
+            if phase == Phase::Data { 2 * load.burst } else { load.burst.min(switch.connections() as usize) } as u64;
         let from = cycles();
         switch.step();
         (phase, cycles() - from)
@@ -95,7 +101,7 @@ fn tcp(name: &str, wanted: &[String], per_ns: f64, load: FirewallLoad) {
             Phase::Data => break,
         }
     }
-    for _ in 0..2 * switch.connections() as usize / BURST + 2000 {
+    for _ in 0..2 * switch.connections() as usize / load.burst + 2000 {
         step(&mut switch);
     }
     let mut samples = Vec::with_capacity(1 << 20);
@@ -107,13 +113,13 @@ fn tcp(name: &str, wanted: &[String], per_ns: f64, load: FirewallLoad) {
     }
     let delivered: u64 = switch.delivered().iter().sum();
     assert_eq!(delivered, offered, "{name}: segments were dropped");
-    print(name, per_ns, samples, 2 * BURST);
+    print(name, per_ns, samples, 2 * load.burst);
     if opening[0].len() > 1 {
         let [syn, syn_ack, ack] = &opening;
         let whole = syn.iter().zip(syn_ack).zip(ack).map(|((a, b), c)| a + b + c).collect();
-        print(&format!("{name} new"), per_ns, whole, BURST);
+        print(&format!("{name} new"), per_ns, whole, load.burst);
         for (part, samples) in ["syn", "syn-ack", "ack"].into_iter().zip(opening) {
-            print(&format!("  {part}"), per_ns, samples, BURST);
+            print(&format!("  {part}"), per_ns, samples, load.burst);
         }
     }
 }

@@ -39,10 +39,12 @@ impl Kinds for SyntheticKinds {
 
 /// Lends frames that nobody else has.
 pub enum SyntheticRx {
-    /// `BURST` frames per poll, going round.
+    /// So many frames per poll, going round.
     Round {
         /// The frames.
         frames: Vec<Vec<u8>>,
+        /// How many, at most [`BURST`].
+        burst: usize,
         /// Where it goes on.
         next: usize,
     },
@@ -78,8 +80,8 @@ fn lend(frame: &[u8], burst: &mut RxBurst) {
 impl RxQueue for SyntheticRx {
     fn receive(&mut self, _guard: &Guard, burst: &mut RxBurst) {
         match self {
-            Self::Round { frames, next } => {
-                while !burst.is_full() {
+            Self::Round { frames, burst: count, next } => {
+                while burst.len() < (*count).min(BURST) {
                     let Some(frame) = frames.get(*next) else { return };
                     *next = if *next + 1 == frames.len() { 0 } else { *next + 1 };
                     lend(frame, burst);
@@ -167,7 +169,7 @@ pub fn l2_worker(frame_bytes: usize, stations: u64) -> Option<Worker<SyntheticKi
         f.resize(frame_bytes.max(14), 0x5a);
         f
     });
-    worker(frames.collect(), stations, [None, None], Clock::simulated().0)
+    worker(frames.collect(), BURST, stations, [None, None], Clock::simulated().0)
 }
 
 /// What [`firewall_worker`] does.
@@ -181,18 +183,20 @@ pub struct FirewallLoad {
     pub rules: u32,
     /// The sending port belongs to a VM, too, so that each frame is judged twice.
     pub both_ends: bool,
+    /// Frames per burst, at most [`BURST`].
+    pub burst: usize,
 }
 
 /// A worker whose frames are UDP datagrams of `connections` flows towards a VM, and the clock it goes by (nanoseconds).
 ///
-/// The connections are new in the first `connections / 64` steps, and again whenever the clock has moved by more than
+/// The connections are new in the first `connections / burst` steps, and again whenever the clock has moved by more than
 /// [`crate::conntrack::Timeouts::udp_ms`].
 pub fn firewall_worker(load: FirewallLoad) -> Option<(Worker<SyntheticKinds>, Arc<AtomicU64>)> {
     let frames = (0..load.connections.max(BURST as u32)).map(|n| udp(n % load.connections, load.frame_bytes));
     let (clock, now_ns) = Clock::simulated();
     let receiver = port_firewall(0, &load)?;
     let sender = if load.both_ends { Some(port_firewall(1, &load)?) } else { None };
-    Some((worker(frames.collect(), 1, [sender, Some(receiver)], clock)?, now_ns))
+    Some((worker(frames.collect(), load.burst, 1, [sender, Some(receiver)], clock)?, now_ns))
 }
 
 const SOURCE: u64 = 0x0200_0000_0000;
@@ -288,14 +292,15 @@ fn port_firewall(id: VmId, load: &FirewallLoad) -> Option<PortFirewall> {
     })
 }
 
-/// Port 0 sends `frames`, port 1 takes them.
+/// Port 0 sends `frames`, `burst` at a time, port 1 takes them.
 fn worker(
     frames: Vec<Vec<u8>>,
+    burst: usize,
     stations: u64,
     firewalls: [Option<PortFirewall>; 2],
     clock: Clock,
 ) -> Option<Worker<SyntheticKinds>> {
-    let rx = SyntheticRx::Round { frames, next: 0 };
+    let rx = SyntheticRx::Round { frames, burst, next: 0 };
     switch([Some(rx), None], stations, firewalls, clock).map(|(worker, _)| worker)
 }
 

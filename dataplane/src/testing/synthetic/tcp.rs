@@ -25,13 +25,13 @@ const SERVER_ISN: u32 = u32::MAX - 5000;
 /// What the frames of the next step are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// [`BURST`] connections' first packets.
+    /// A burst of connections' first packets.
     Syn,
     /// The answers to them.
     SynAck,
     /// What completes the handshakes.
     Ack,
-    /// A burst of data from either side, [`BURST`] frames each, all with acknowledgements.
+    /// A burst of data from either side, all with acknowledgements.
     Data,
 }
 
@@ -43,6 +43,7 @@ pub struct TcpSwitch {
     worker: Worker<SyntheticKinds>,
     ends: [End; 2],
     frame_bytes: usize,
+    burst: u32,
     connections: u32,
     /// Connections being opened or open.
     begun: u32,
@@ -60,7 +61,7 @@ struct End {
 impl TcpSwitch {
     /// A switch for `load`; its connections, rounded up to whole bursts but for less than one, are yet to be opened. `None`: no memory.
     pub fn new(load: FirewallLoad) -> Option<Self> {
-        let burst = BURST as u32;
+        let burst = load.burst.clamp(1, BURST) as u32;
         let connections =
             if load.connections < burst { load.connections.max(1) } else { load.connections.next_multiple_of(burst) };
         let load = FirewallLoad { connections, ..load };
@@ -77,6 +78,7 @@ impl TcpSwitch {
             worker,
             ends: [End { script: a, tx: tx_a, vm: vm_a }, End { script: b, tx: tx_b, vm: vm_b }],
             frame_bytes: load.frame_bytes.max(HEADERS),
+            burst,
             connections,
             begun: 0,
             handshake: None,
@@ -92,11 +94,11 @@ impl TcpSwitch {
             _ if self.begun < self.connections => Phase::Syn,
             _ => Phase::Data,
         };
-        let few = (self.connections as usize).min(BURST) as u32;
+        let few = self.connections.min(self.burst);
         if phase == Phase::Syn {
             self.begun += few;
         }
-        let Self { ends: [client, server], frame_bytes, begun, bursts, connections, .. } = self;
+        let Self { ends: [client, server], frame_bytes, burst, begun, bursts, connections, .. } = self;
         let opening = *begun - few..*begun;
         client.script.write(core::iter::empty());
         server.script.write(core::iter::empty());
@@ -112,7 +114,8 @@ impl TcpSwitch {
             })),
             Phase::Data => {
                 let (all, payload) = (u64::from(*connections), (*frame_bytes - HEADERS) as u32);
-                let first = *bursts * BURST as u64;
+                let burst = u64::from(*burst);
+                let first = *bursts * burst;
                 // Bytes that connection n has carried one way in frames before `frame`.
                 let carried = |n: u64, frame: u64| {
                     let turns = if frame > n { (frame - n).div_ceil(all) } else { 0 };
@@ -122,13 +125,13 @@ impl TcpSwitch {
                     let n = frame % all;
                     let (mine, theirs) = if from_client { (CLIENT_ISN, SERVER_ISN) } else { (SERVER_ISN, CLIENT_ISN) };
                     // The client's burst goes first, so the server has seen it.
-                    let seen = if from_client { first } else { first + BURST as u64 };
+                    let seen = if from_client { first } else { first + burst };
                     let after = |isn: u32, bytes: u32| isn.wrapping_add(1).wrapping_add(bytes);
                     let (seq, ack) = (after(mine, carried(n, frame)), after(theirs, carried(n, seen)));
                     segment(n as u32, from_client, Flags::ACK, seq, ack, *frame_bytes)
                 };
-                client.script.write((first..first + BURST as u64).map(|frame| data(frame, true)));
-                server.script.write((first..first + BURST as u64).map(|frame| data(frame, false)));
+                client.script.write((first..first + burst).map(|frame| data(frame, true)));
+                server.script.write((first..first + burst).map(|frame| data(frame, false)));
                 *bursts += 1;
             }
         }
@@ -191,24 +194,26 @@ mod tests {
     /// Every segment passes both firewalls, and connections are there once each.
     #[test]
     fn all_segments_arrive() {
-        for (connections, both_ends) in [(1, true), (1, false), (640, true)] {
-            let load = FirewallLoad { frame_bytes: 64, connections, rules: 3, both_ends };
+        for (connections, both_ends, burst) in
+            [(1, true, 64), (1, false, 64), (640, true, 64), (1, true, 1), (10, true, 3)]
+        {
+            let load = FirewallLoad { frame_bytes: 64, connections, rules: 3, both_ends, burst };
             let mut switch = TcpSwitch::new(load).unwrap();
             let (mut offered, mut phases) = ([0u64; 2], Vec::new());
             for _ in 0..if cfg!(miri) { 40 } else { 3000 } {
                 let phase = switch.lay_out();
-                let opening = u64::from(connections).min(BURST as u64);
+                let opening = u64::from(connections).min(burst as u64);
                 let (to_client, to_server) = match phase {
                     Phase::Syn | Phase::Ack => (0, opening),
                     Phase::SynAck => (opening, 0),
-                    Phase::Data => (BURST as u64, BURST as u64),
+                    Phase::Data => (burst as u64, burst as u64),
                 };
                 offered = [offered[0] + to_client, offered[1] + to_server];
                 phases.push(phase);
                 switch.step();
                 assert_eq!(switch.delivered(), offered, "after {phase:?}, step {}", phases.len());
             }
-            let n = connections as usize;
+            let n = (connections as usize).next_multiple_of(if connections as usize > burst { burst } else { 1 });
             assert_eq!(switch.entries(), [if both_ends { n } else { 0 }, n]);
             assert_eq!(phases[..3], [Phase::Syn, Phase::SynAck, Phase::Ack]);
             assert_eq!(phases.last(), Some(&Phase::Data));
