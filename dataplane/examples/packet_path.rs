@@ -76,9 +76,11 @@ fn main() {
     }
 }
 
-/// Opens the connections of a load, then sends on them.
+/// Opens the connections of a load, then sends on them, unless only the former is wanted.
 fn tcp(name: &str, wanted: &[String], per_ns: f64, load: FirewallLoad) {
-    if !wanted.is_empty() && !wanted.iter().any(|w| name == w) {
+    let name_of_new = format!("{name} new");
+    let (all, new) = [name, &name_of_new].map(|name| wanted.iter().any(|w| name == w)).into();
+    if !wanted.is_empty() && !all && !new {
         return;
     }
     let mut switch = TcpSwitch::new(load).expect("memory for the tables");
@@ -101,23 +103,25 @@ fn tcp(name: &str, wanted: &[String], per_ns: f64, load: FirewallLoad) {
             Phase::Data => break,
         }
     }
-    for _ in 0..2 * switch.connections() as usize / load.burst + 2000 {
-        step(&mut switch);
-    }
-    let mut samples = Vec::with_capacity(1 << 20);
-    let began = Instant::now();
-    while began.elapsed() < TIME {
-        for _ in 0..64 {
-            samples.push(step(&mut switch).1);
+    if all || !new {
+        for _ in 0..2 * switch.connections() as usize / load.burst + 2000 {
+            step(&mut switch);
         }
+        let mut samples = Vec::with_capacity(1 << 20);
+        let began = Instant::now();
+        while began.elapsed() < TIME {
+            for _ in 0..64 {
+                samples.push(step(&mut switch).1);
+            }
+        }
+        print(name, per_ns, samples, 2 * load.burst);
     }
     let delivered: u64 = switch.delivered().iter().sum();
     assert_eq!(delivered, offered, "{name}: segments were dropped");
-    print(name, per_ns, samples, 2 * load.burst);
     if opening[0].len() > 1 {
         let [syn, syn_ack, ack] = &opening;
         let whole = syn.iter().zip(syn_ack).zip(ack).map(|((a, b), c)| a + b + c).collect();
-        print(&format!("{name} new"), per_ns, whole, load.burst);
+        print(&name_of_new, per_ns, whole, load.burst);
         for (part, samples) in ["syn", "syn-ack", "ack"].into_iter().zip(opening) {
             print(&format!("  {part}"), per_ns, samples, load.burst);
         }
