@@ -17,7 +17,7 @@ use crate::bridge::fdb::{
     DEFAULT_AGEING_S, DEFAULT_CAPACITY, DEFAULT_PORT_LIMIT, Fdb, FdbEntry, FdbStats, MAX_PORTS, PortId,
 };
 use crate::bridge::vlan::{BadVlan, VlanMode, VlanPolicy};
-use crate::bridge::{BridgeEntry, BridgeId, Forwarding, MAX_BRIDGES, PortEntry};
+use crate::bridge::{BridgeEntry, BridgeId, Forwarding, MAX_BRIDGES, PictureId, PortEntry};
 use crate::clock::Clock;
 use crate::counters::{DropReason, RxLedger, TxLedger};
 use crate::divert::Divert;
@@ -389,7 +389,8 @@ impl<K: Kinds> Switch<K> {
             put(&mut ports, id, entry);
         }
         let vms = inner.firewall.vms.values().map(|vm| Arc::clone(&vm.firewall)).collect();
-        drop(self.forwarding.replace(Some(Box::new(Forwarding { ports, bridges, vms })), &self.domain));
+        let picture = Forwarding { id: PictureId::new(), ports, bridges, vms };
+        drop(self.forwarding.replace(Some(Box::new(picture)), &self.domain));
     }
 
     /// Starts a PMD thread. Queues that nobody polls yet are given to it.

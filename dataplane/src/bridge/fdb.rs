@@ -80,6 +80,8 @@ pub struct Fdb {
     used: AtomicU32,
     per_port: Box<[AtomicU32]>,
     sweep_at: AtomicU32,
+    /// Raised whenever an address comes, goes or moves, or goes sooner or later than before.
+    changes: AtomicU64,
     counts: FdbCounters,
 }
 
@@ -152,6 +154,7 @@ impl Fdb {
             used: AtomicU32::new(0),
             per_port: (0..if cfg!(loom) { 4 } else { MAX_PORTS }).map(|_| AtomicU32::new(0)).collect(),
             sweep_at: AtomicU32::new(0),
+            changes: AtomicU64::new(0),
             counts: FdbCounters::default(),
         }
     }
@@ -159,6 +162,19 @@ impl Fdb {
     /// Changes the ageing time.
     pub fn set_ageing_s(&self, ageing_s: u32) {
         self.ageing_s.store(ageing_s.max(1), Ordering::Relaxed);
+        self.note_change();
+    }
+
+    /// A number that is another one after each change that [`Self::lookup`] may show. Within one second, and while this number is what it
+    /// was before, lookups find what they found, and [`Self::learn`] has nothing to do for an address that was [`Learned::Known`].
+    #[inline]
+    pub fn changes(&self) -> u64 {
+        // Pairs with `note_change`: who sees the number sees the change.
+        self.changes.load(Ordering::Acquire)
+    }
+
+    fn note_change(&self) {
+        self.changes.fetch_add(1, Ordering::Release);
     }
 
     #[inline]
@@ -230,6 +246,7 @@ impl Fdb {
             self.adjust(port_of(value), -1);
             self.adjust(port, 1);
             entry.value.swap(value_of(port, now_s), Ordering::AcqRel);
+            self.note_change();
             self.bump(&self.counts.moved);
             return Learned::Moved;
         }
@@ -362,6 +379,7 @@ impl Fdb {
         // A swap, so that a refresh that slipped in between is ordered before it.
         entry.value.swap(value_of(port, now_s), Ordering::AcqRel);
         entry.key.store(key, Ordering::Release);
+        self.note_change();
         self.adjust(port, 1);
         self.used.store(self.used.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         self.bump(&self.counts.learned);
@@ -371,6 +389,7 @@ impl Fdb {
         entry.key.store(EMPTY, Ordering::Relaxed);
         // Before any new value: see `find`.
         fence(Ordering::Release);
+        self.note_change();
         self.adjust(port_of(value), -1);
         self.used.store(self.used.load(Ordering::Relaxed).saturating_sub(1), Ordering::Relaxed);
     }

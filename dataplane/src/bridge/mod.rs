@@ -4,6 +4,7 @@ pub mod fdb;
 pub mod vlan;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::counters::TxLedger;
 use crate::divert::Divert;
@@ -75,8 +76,26 @@ impl<T: TxPort> PortEntry<T> {
     }
 }
 
+/// Tells pictures apart: no two in a process have the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PictureId(u64);
+
+impl PictureId {
+    /// No picture's.
+    pub const NONE: Self = Self(0);
+
+    /// That of a new picture.
+    #[expect(clippy::new_without_default, reason = "each is another one")]
+    pub fn new() -> Self {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        Self(LAST.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+}
+
 /// The whole picture.
 pub struct Forwarding<T> {
+    /// What is remembered of a picture holds for this one only.
+    pub id: PictureId,
     /// Ports by number.
     pub ports: Vec<Option<Arc<PortEntry<T>>>>,
     /// Bridges by number.
@@ -87,7 +106,7 @@ pub struct Forwarding<T> {
 
 impl<T> Default for Forwarding<T> {
     fn default() -> Self {
-        Self { ports: Vec::new(), bridges: Vec::new(), vms: Vec::new() }
+        Self { id: PictureId::new(), ports: Vec::new(), bridges: Vec::new(), vms: Vec::new() }
     }
 }
 

@@ -56,16 +56,16 @@ impl Train {
     }
 }
 
-/// A station and a source address that were accepted.
+/// A station and a source address that a port's anti-spoofing rules let pass.
 #[derive(Clone, Copy)]
-struct Accepted {
+pub(crate) struct Accepted {
     /// A MAC address, or what is none.
     station: u64,
     source: [u64; 2],
 }
 
 impl Accepted {
-    const NOBODY: Self = Self { station: u64::MAX, source: [0; 2] };
+    pub const NOBODY: Self = Self { station: u64::MAX, source: [0; 2] };
 }
 
 /// One port's firewall in one direction, from the VM (`EGRESS`) or to it, for the time of a burst.
@@ -81,8 +81,9 @@ pub(crate) struct Quick<'a, const EGRESS: bool> {
     /// Packets let pass and not yet counted.
     new: u64,
     established: u64,
-    /// The last station, and for the direction from the VM its address, that the anti-spoofing rules let pass.
-    accepted: Accepted,
+    /// The last station, and for the direction from the VM its address, that the anti-spoofing rules let pass. May be set to what it was in
+    /// another burst of the same direction, under the same rules.
+    pub accepted: Accepted,
 }
 
 impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {

@@ -6,7 +6,11 @@
 //! ([`Passage::locate`]), what becomes of it ([`Passage::conduct`]). Plain packets take the short way ([`crate::enforce::quick`]), others
 //! whose headers have been read the middle one ([`crate::enforce::middle`]), all others [`crate::enforce::stage`]. What trains have in common
 //! that follow each other is found out once: see [`super::stretch`].
+mod alone;
 mod known;
+
+use alone::Circumstances;
+pub(super) use alone::Memories;
 
 use super::stretch::{Stretch, Stretches};
 use super::{Place, Recent, Router, Source, Target, accept_checksum, action, check_offload, judge, look_up, owes_work};
@@ -49,6 +53,11 @@ struct Exit {
     is_guarded: bool,
 }
 
+impl Exit {
+    /// No frame's.
+    const NONE: Self = Self { output: PortId::MAX, action: VlanAction::Keep, is_guarded: false };
+}
+
 /// A burst on its way past the firewalls.
 struct Passage<'p, 'a, T> {
     router: &'p mut Router,
@@ -71,14 +80,18 @@ impl Router {
         sender: &mut Sender,
     ) {
         self.dither = next_dither(self.dither);
-        let (mut trains, mut stretches) = (core::mem::take(&mut self.trains), core::mem::take(&mut self.stretches));
         let near = source.port.firewall.as_ref().map(|fw| Quick::new(fw, thread, source.now_ns));
+        let (mut trains, mut stretches) = (core::mem::take(&mut self.trains), core::mem::take(&mut self.stretches));
+        let alone = (burst.len() == 1).then(|| Circumstances::new(source));
         let mut passage = Passage { router: self, burst, sender, source, thread, near, far: None, recent: None };
-        let count = passage.look_at(&mut stretches, &mut trains);
-        let some = trains.get_mut(..count).unwrap_or_default();
-        passage.locate(&stretches, some);
-        for (stretch, range) in stretches.with_trains(count) {
-            passage.conduct(stretch, some.get_mut(range).unwrap_or_default());
+        match alone {
+            None => passage.go(&mut stretches, &mut trains),
+            Some(circumstances) => {
+                if !passage.go_alone(&circumstances, &mut stretches, &mut trains) {
+                    passage.go(&mut stretches, &mut trains);
+                    passage.remember(circumstances, &stretches);
+                }
+            }
         }
         passage.settle();
         self.trains = trains;
@@ -87,11 +100,22 @@ impl Router {
 }
 
 impl<'a, T: TxPort> Passage<'_, 'a, T> {
-    /// First pass: what each frame is, and the buckets of the tables that it will be looked up in. Returns the number of trains.
-    fn look_at(&mut self, stretches: &mut Stretches, trains: &mut [Train]) -> usize {
+    /// Decides for all frames.
+    #[inline(never)]
+    fn go(&mut self, stretches: &mut Stretches, trains: &mut [Train]) {
+        let count = self.look_at(stretches, None, trains);
+        let some = trains.get_mut(..count).unwrap_or_default();
+        self.locate(stretches, some);
+        for (stretch, range) in stretches.with_trains(count) {
+            self.conduct(stretch, some.get_mut(range).unwrap_or_default());
+        }
+    }
+
+    /// First pass: what each frame is, and the buckets of the tables that it will be looked up in. Returns the number of trains. `current`:
+    /// the stretch of the first frame, if it is known.
+    fn look_at(&mut self, stretches: &mut Stretches, mut current: Option<Stretch>, trains: &mut [Train]) -> usize {
         stretches.clear();
         let (mut i, mut count, mut checked) = (0, 0, false);
-        let mut current: Option<Stretch> = None;
         while i < self.burst.len() {
             let (head, have) = self.burst.head(i);
             let stretch = match current {

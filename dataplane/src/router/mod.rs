@@ -5,7 +5,7 @@
 mod guarded;
 mod stretch;
 
-use crate::bridge::fdb::{MAX_PORTS, PortId};
+use crate::bridge::fdb::{Learned, MAX_PORTS, PortId};
 use crate::bridge::vlan::Egress;
 use crate::bridge::{BridgeEntry, Forwarding, PortEntry};
 use crate::conntrack::{Layout, Particulars, Plain, Toward};
@@ -20,6 +20,7 @@ use crate::packet::ethernet;
 use crate::packet::{self, EtherType, MacAddr, Tci, Tpid, VlanId, VlanTag};
 use crate::port::TxPort;
 use crate::qsbr::Guard;
+use guarded::Memories;
 use stretch::{Stretches, place};
 
 /// Verdicts of one burst, and the batches per output that it was sorted into.
@@ -32,6 +33,7 @@ pub(crate) struct Router {
     trains: Box<[Train]>,
     stretches: Stretches,
     facts: Box<[Particulars; BURST]>,
+    memories: Memories,
     /// Many entries have lately been in the second of their buckets: both are to be fetched.
     both_buckets: bool,
     dither: u32,
@@ -43,6 +45,8 @@ struct Recent {
     link: Link,
     vlan: u16,
     output: PortId,
+    /// Where they come from was known before.
+    is_known: bool,
 }
 
 /// How a frame leaves.
@@ -179,6 +183,7 @@ impl Router {
             trains: vec![Train::default(); BURST].into_boxed_slice(),
             stretches: Stretches::new(),
             facts: Box::new([Particulars::default(); BURST]),
+            memories: Memories::new(),
             both_buckets: false,
             dither: 0x9e37_79b9,
         }
@@ -458,7 +463,7 @@ fn look_up<T>(
         return Target::None;
     }
     let (fdb, ingress) = (&source.bridge.fdb, source.port.id);
-    fdb.learn(vlan, src, ingress, source.port.fdb_limit, source.now_s());
+    let is_known = fdb.learn(vlan, src, ingress, source.port.fdb_limit, source.now_s()) == Learned::Known;
     if dst.is_multicast() {
         if dst.is_link_local() {
             sender.fail(i, DropReason::LinkLocal);
@@ -475,7 +480,7 @@ fn look_up<T>(
         output => output,
     };
     let Some(output) = output else { return Target::Flood };
-    *recent = Some(Recent { link, vlan, output });
+    *recent = Some(Recent { link, vlan, output, is_known });
     Target::Port(output)
 }
 

@@ -79,7 +79,8 @@ pub(super) struct Stretch {
 }
 
 impl Stretch {
-    const NONE: Self = Self {
+    /// Of no frames.
+    pub const NONE: Self = Self {
         header: Header::NONE,
         place: Place::NOWHERE,
         layout: None,
@@ -113,6 +114,11 @@ impl Stretches {
     #[inline(always)]
     pub fn clear(&mut self) {
         self.len = 0;
+    }
+
+    /// The first of them.
+    pub fn first(&self) -> Option<&Stretch> {
+        self.all().first()
     }
 
     fn all(&self) -> &[Stretch] {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::bridge::fdb::Fdb;
 use crate::bridge::vlan::{VlanMode, VlanPolicy};
-use crate::bridge::{BridgeEntry, Forwarding, PortEntry};
+use crate::bridge::{BridgeEntry, Forwarding, PictureId, PortEntry};
 use crate::clock::Clock;
 use crate::conntrack::TrackConfig;
 use crate::counters::{RxLedger, TxLedger};
@@ -359,6 +359,7 @@ fn between<K: Kinds>(
     };
     let [first, second] = firewalls;
     let forwarding = Forwarding {
+        id: PictureId::new(),
         ports: vec![Some(port(0, first)?), Some(port(1, second)?)],
         bridges: vec![Some(Arc::clone(&bridge))],
         vms,
