@@ -827,6 +827,85 @@ fn forgotten_windows_are_learned_from_one_packet_of_each_direction() {
     assert!(connections.iter().filter(|c| c.key.local_port == 80 && c.assured()).count() == 2);
 }
 
+/// Bursts from a port mostly go the way of the one before, which is remembered: no longer than what it rests on stays as it is.
+#[test]
+fn a_remembered_way_is_not_gone_when_something_has_changed() {
+    let net = Net::new(&["web"], |_, _| {});
+    net.connect_to_a(4000);
+    let to_a = tcp((OUT_MAC, OUT, 4000), (A_MAC, A, 80), ACK, 101, 501, b"");
+    let from_a = tcp((A_MAC, A, 80), (OUT_MAC, OUT, 4000), ACK, 501, 101, b"");
+    let drain = |wires: &[&Arc<Wire>]| wires.iter().map(|wire| wire.take().len()).collect::<Vec<_>>();
+    let both_pass = || {
+        for _ in 0..3 {
+            net.send(&net.out, &to_a);
+            assert_eq!(drain(&[&net.a, &net.b, &net.out]), [1, 0, 0]);
+            net.send(&net.a, &from_a);
+            assert_eq!(drain(&[&net.a, &net.b, &net.out]), [0, 0, 1]);
+        }
+    };
+    both_pass();
+    let station = |mac| {
+        let all = net.switch.fdb(net.bridge).unwrap();
+        all.into_iter().find(|entry| entry.mac == MacAddr::from_u64(mac)).map(|entry| (entry.port, entry.age_s))
+    };
+    // Time passes: who speaks does not grow old.
+    for _ in 0..4 {
+        net.later(100_000);
+        both_pass();
+    }
+    assert_eq!((station(A_MAC), station(OUT_MAC)), (Some((net.ports[0], 0)), Some((net.ports[2], 0))));
+    assert_eq!(station(B_MAC), None);
+    // Stations are forgotten: they are learned again.
+    net.switch.fdb_flush(net.bridge, None).unwrap();
+    both_pass();
+    assert_eq!((station(A_MAC), station(OUT_MAC)), (Some((net.ports[0], 0)), Some((net.ports[2], 0))));
+    // A station moves, and comes back.
+    let second = Wire::new();
+    let options = PortOptions { name: "second".into(), bridge: Some(net.bridge), ..PortOptions::default() };
+    net.switch.add_port(options, second.tx(), vec![second.rx()], &[]).unwrap();
+    for (here, there) in [(&second, &net.out), (&net.out, &second)] {
+        net.send(&net.a, &from_a);
+        assert_eq!(drain(&[&net.a, &net.b, here, there]), [0, 0, 0, 1]);
+        net.send(here, &arp(OUT_MAC, OUT, A));
+        drain(&[&net.a, &net.b, here, there]);
+        for _ in 0..3 {
+            net.send(&net.a, &from_a);
+            assert_eq!(drain(&[&net.a, &net.b, here, there]), [0, 0, 1, 0]);
+        }
+    }
+    // The VM gets another address: the one that was accepted is refused.
+    let update = |address: Option<Ipv4Addr>| {
+        let firewall =
+            address.map(|address| FirewallOptions { vm: net.vms[0], policy: policy(A_MAC, address, &["web"]) });
+        let options = PortOptions { name: "a".into(), bridge: Some(net.bridge), firewall, ..PortOptions::default() };
+        net.switch.update_port(net.ports[0], options).unwrap();
+    };
+    both_pass();
+    update(Some(Ipv4Addr::new(10, 0, 0, 50)));
+    net.send(&net.a, &from_a);
+    assert_eq!(drain(&[&net.a, &net.b, &net.out]), [0, 0, 0]);
+    assert_eq!(net.denied(0, Direction::Egress, "spoof_source_ipv4"), 1);
+    update(Some(A));
+    both_pass();
+    // No rule lets the connection in any longer.
+    let mut empty = document();
+    empty.security_groups.values_mut().for_each(|group| *group = SecurityGroup::default());
+    net.switch.set_policy(empty).unwrap();
+    net.send(&net.out, &to_a);
+    assert_eq!(drain(&[&net.a, &net.b, &net.out]), [0, 0, 0]);
+    net.switch.set_policy(document()).unwrap();
+    // Without a firewall, all pass; and with one again, what it does not know does not.
+    update(None);
+    let stranger = tcp((OUT_MAC, OUT, 4001), (A_MAC, A, 81), ACK, 101, 501, b"");
+    for passes in [1, 0] {
+        for _ in 0..3 {
+            net.send(&net.out, &stranger);
+            assert_eq!(drain(&[&net.a, &net.b, &net.out]), [passes, 0, 0]);
+        }
+        update(Some(A));
+    }
+}
+
 struct Random(u64);
 
 impl Random {

@@ -437,6 +437,38 @@ mod tests {
     use super::*;
     use std::sync::Arc;
 
+    #[test]
+    fn a_number_tells_that_something_may_be_found_elsewhere() {
+        let fdb = Fdb::new(64, 300);
+        let [a, b] = [1, 2].map(|n| MacAddr::from_u64(0x0200_0000_0000 | n));
+        let mut last = fdb.changes();
+        let mut changed = |what: &str, expected: bool| {
+            assert_eq!(fdb.changes() != last, expected, "{what}");
+            last = fdb.changes();
+        };
+        assert_eq!(fdb.learn(0, a, 1, 10, 0), Learned::New);
+        changed("learned", true);
+        assert_eq!((fdb.learn(0, a, 1, 10, 0), fdb.lookup(0, a, 0)), (Learned::Known, Some(1)));
+        changed("known", false);
+        assert_eq!(fdb.learn(0, a, 1, 10, 5), Learned::Known);
+        changed("refreshed", false);
+        assert_eq!(fdb.learn(0, a, 2, 10, 5), Learned::Moved);
+        changed("moved", true);
+        assert_eq!(fdb.learn(0, b, 2, 1, 5), Learned::PortLimit);
+        changed("refused", false);
+        fdb.set_ageing_s(10);
+        changed("ageing", true);
+        fdb.sweep(64, 10);
+        changed("swept in vain", false);
+        fdb.sweep(64, 20);
+        assert_eq!(fdb.lookup(0, a, 5), None);
+        changed("aged", true);
+        fdb.learn(0, a, 1, 10, 20);
+        changed("learned again", true);
+        fdb.flush(Some(1));
+        changed("flushed", true);
+    }
+
     fn mac(n: u64) -> MacAddr {
         MacAddr::from_u64(0x0200_0000_0000 | n)
     }

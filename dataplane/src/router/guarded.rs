@@ -8,9 +8,10 @@
 //! that follow each other is found out once: see [`super::stretch`].
 mod alone;
 mod known;
+mod memory;
 
-use alone::Circumstances;
-pub(super) use alone::Memories;
+use memory::Circumstances;
+pub(super) use memory::Memories;
 
 use super::stretch::{Stretch, Stretches};
 use super::{Place, Recent, Router, Source, Target, accept_checksum, action, check_offload, judge, look_up, owes_work};
@@ -82,28 +83,36 @@ impl Router {
         self.dither = next_dither(self.dither);
         let near = source.port.firewall.as_ref().map(|fw| Quick::new(fw, thread, source.now_ns));
         let (mut trains, mut stretches) = (core::mem::take(&mut self.trains), core::mem::take(&mut self.stretches));
-        let alone = (burst.len() == 1).then(|| Circumstances::new(source));
+        let mut memories = core::mem::take(&mut self.memories);
+        let circumstances = Circumstances::new(source);
+        let way = memories.recall(&circumstances, burst.head(0));
         let mut passage = Passage { router: self, burst, sender, source, thread, near, far: None, recent: None };
-        match alone {
-            None => passage.go(&mut stretches, &mut trains),
-            Some(circumstances) => {
-                if !passage.go_alone(&circumstances, &mut stretches, &mut trains) {
-                    passage.go(&mut stretches, &mut trains);
-                    passage.remember(circumstances, &stretches);
+        match way {
+            Some(way) => {
+                passage.resume(way);
+                if passage.burst.len() == 1 {
+                    passage.go_alone(way, &mut trains);
+                } else {
+                    passage.go(Some(&way.stretch), &mut stretches, &mut trains);
                 }
+            }
+            None => {
+                passage.go(None, &mut stretches, &mut trains);
+                passage.remember(circumstances, &stretches, &mut memories);
             }
         }
         passage.settle();
         self.trains = trains;
         self.stretches = stretches;
+        self.memories = memories;
     }
 }
 
 impl<'a, T: TxPort> Passage<'_, 'a, T> {
-    /// Decides for all frames.
+    /// Decides for all frames. `first`: the stretch that the first of them begins, if it is known.
     #[inline(never)]
-    fn go(&mut self, stretches: &mut Stretches, trains: &mut [Train]) {
-        let count = self.look_at(stretches, None, trains);
+    fn go(&mut self, first: Option<&Stretch>, stretches: &mut Stretches, trains: &mut [Train]) {
+        let count = self.look_at(first, stretches, trains);
         let some = trains.get_mut(..count).unwrap_or_default();
         self.locate(stretches, some);
         for (stretch, range) in stretches.with_trains(count) {
@@ -111,10 +120,11 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         }
     }
 
-    /// First pass: what each frame is, and the buckets of the tables that it will be looked up in. Returns the number of trains. `current`:
-    /// the stretch of the first frame, if it is known.
-    fn look_at(&mut self, stretches: &mut Stretches, mut current: Option<Stretch>, trains: &mut [Train]) -> usize {
-        stretches.clear();
+    /// First pass: what each frame is, and the buckets of the tables that it will be looked up in. Returns the number of trains. `first`:
+    /// the stretch that the first frame begins, if it is known.
+    fn look_at(&mut self, first: Option<&Stretch>, stretches: &mut Stretches, trains: &mut [Train]) -> usize {
+        stretches.restart(first);
+        let mut current = first.copied();
         let (mut i, mut count, mut checked) = (0, 0, false);
         while i < self.burst.len() {
             let (head, have) = self.burst.head(i);

@@ -110,10 +110,14 @@ impl Stretches {
         Self { all: vec![Stretch::NONE; BURST].into_boxed_slice(), len: 0 }
     }
 
-    /// Forgets those of the burst before.
+    /// Forgets those of the burst before. `first`: the one that this one begins with, if it is known.
     #[inline(always)]
-    pub fn clear(&mut self) {
+    pub fn restart(&mut self, first: Option<&Stretch>) {
         self.len = 0;
+        if let (Some(first), Some(place)) = (first, self.all.first_mut()) {
+            *place = Stretch { first_train: 0, ..*first };
+            self.len = 1;
+        }
     }
 
     /// The first of them.
