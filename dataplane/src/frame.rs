@@ -188,6 +188,12 @@ impl RxBurst {
         }
         Frames(frames).filter_map(|i| self.meta(i)).map(|meta| u64::from(meta.len)).sum()
     }
+    /// How many frames have their bit set.
+    #[inline]
+    pub fn count_of(&self, frames: u64) -> usize {
+        // Mostly it is all of them. Not every processor that this is built for counts bits by itself.
+        if frames & self.all() == self.all() { self.len } else { (frames & self.all()).count_ones() as usize }
+    }
     /// Length of the longest frame.
     #[inline]
     pub fn longest(&self) -> u32 {
@@ -765,6 +771,7 @@ mod tests {
             assert_eq!(burst.longest(), 9100);
             assert_eq!(burst.bytes_of(u64::MAX), lens.iter().map(|&len| u64::from(len)).sum::<u64>());
             assert_eq!(burst.bytes_of(0b101), u64::from(lens[0] + lens[2]));
+            assert_eq!([u64::MAX, 0b101, 0].map(|frames| burst.count_of(frames)), [lens.len(), 2, 0]);
             assert_eq!(burst.all().count_ones() as usize, lens.len());
             for (i, &len) in lens.iter().enumerate() {
                 let eager = (len as usize).min(SNAPSHOT_EAGER_BYTES);

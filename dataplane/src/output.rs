@@ -161,7 +161,7 @@ impl Sender {
         let mask = burst.all();
         let delivered = self.delivered & mask;
         let mut frames = burst.len() as u64;
-        ledger.forwarded.add(u64::from(delivered.count_ones()));
+        ledger.forwarded.add(burst.count_of(delivered) as u64);
         let held = self.held & mask & !delivered;
         if held != 0 {
             ledger.held.add(u64::from(held.count_ones()));
@@ -221,7 +221,7 @@ impl Sender {
         port.tx.send_received(guard, guard.index(), burst, frames, &mut self.report);
         let sent = self.report.accepted & frames;
         self.delivered |= sent;
-        ledger.frames.add(u64::from(sent.count_ones()));
+        ledger.frames.add(burst.count_of(sent) as u64);
         ledger.bytes.add(burst.bytes_of(sent));
         for i in Frames(frames & !sent) {
             let reason = self.report.reason.get(i).copied().unwrap_or(DropReason::TxNotReady);

@@ -849,16 +849,17 @@ fn a_remembered_way_is_not_gone_when_something_has_changed() {
         all.into_iter().find(|entry| entry.mac == MacAddr::from_u64(mac)).map(|entry| (entry.port, entry.age_s))
     };
     // Time passes: who speaks does not grow old.
+    let both_known = (Some((net.ports[0], 0)), Some((net.ports[2], 0)));
     for _ in 0..4 {
         net.later(100_000);
         both_pass();
+        assert_eq!((station(A_MAC), station(OUT_MAC)), both_known);
     }
-    assert_eq!((station(A_MAC), station(OUT_MAC)), (Some((net.ports[0], 0)), Some((net.ports[2], 0))));
     assert_eq!(station(B_MAC), None);
     // Stations are forgotten: they are learned again.
     net.switch.fdb_flush(net.bridge, None).unwrap();
     both_pass();
-    assert_eq!((station(A_MAC), station(OUT_MAC)), (Some((net.ports[0], 0)), Some((net.ports[2], 0))));
+    assert_eq!((station(A_MAC), station(OUT_MAC)), both_known);
     // A station moves, and comes back.
     let second = Wire::new();
     let options = PortOptions { name: "second".into(), bridge: Some(net.bridge), ..PortOptions::default() };
@@ -873,6 +874,16 @@ fn a_remembered_way_is_not_gone_when_something_has_changed() {
             assert_eq!(drain(&[&net.a, &net.b, here, there]), [0, 0, 1, 0]);
         }
     }
+    // A station that a port may not occupy: it is tried again with each frame.
+    let narrow = Wire::new();
+    let options =
+        PortOptions { name: "narrow".into(), bridge: Some(net.bridge), fdb_limit: 1, ..PortOptions::default() };
+    net.switch.add_port(options, narrow.tx(), vec![narrow.rx()], &[]).unwrap();
+    for n in [0x70, 0x71, 0x71, 0x71] {
+        net.send(&narrow, &tcp((OUT_MAC + n, OUT, 4000), (A_MAC, A, 80), ACK, 101, 501, b""));
+        assert_eq!(drain(&[&net.a, &net.out]), [1, 0]);
+    }
+    assert_eq!(net.switch.fdb_stats(net.bridge).unwrap().port_limit, 3);
     // The VM gets another address: the one that was accepted is refused.
     let update = |address: Option<Ipv4Addr>| {
         let firewall =
