@@ -98,12 +98,18 @@ impl<T: TxPort> Passage<'_, '_, T> {
         let (Some(recent), Some(&stretch)) = (self.recent, stretches.first()) else { return };
         let Place { link, vlan, tag, .. } = stretch.place;
         // Frames that were dropped at their sender's have none; and where a station is yet to be learned, it is to be tried again.
-        if !recent.is_known || (recent.link, recent.vlan, Some(recent.output)) != (link, vlan, stretch.output) {
+        if !recent.is_known || (recent.link, recent.vlan) != (link, vlan) {
             return;
         }
         let output = recent.output;
         let Some(action) = source.forwarding.port(output).and_then(|port| action(port, vlan, tag)) else { return };
         let is_guarded = face(&mut self.far, source, output, self.thread);
+        // What was expected came true: otherwise a station has been learned meanwhile.
+        if stretch.output.is_some_and(|foreseen| foreseen != output)
+            || stretch.foretold != Some(output).filter(|_| is_guarded)
+        {
+            return;
+        }
         let far = self.far.as_ref().filter(|_| is_guarded).map(|far| far.quick.accepted);
         let accepted = [self.near.as_ref().map(|near| near.accepted), far].map(|one| one.unwrap_or(Accepted::NOBODY));
         let exit = Exit { output, action, is_guarded };
