@@ -1,17 +1,18 @@
 //! What switching from guest to guest costs, rings, lookup and copy together: nanoseconds per frame of one PMD thread, without a firewall.
 //!
-//!     cargo run --release -p ferry-vhost --example switch_cost [alone|guest [RING [BYTES [STEPS]]]]
+//!     cargo run --release -p ferry-vhost --example switch_cost [log] [alone|guest [RING [BYTES [STEPS]]]]
 //!
 //! `alone`: the guests' work is done between the switch's steps, by the same thread, so everything is in its caches. `guest`: another thread,
 //! on a core of its own, is both guests; it touches a line of each frame. Shown is what the quietest steps (2nd percentile) and the typical
 //! ones (median) take; for `guest` these are spans of 1024 frames. With STEPS, `alone` makes so many steps of 64 frames, for profilers that
-//! count.
+//! count. With `log` first, every page that is written is marked in dirty logs, one per guest, which are taken every 1024 steps, or
+//! every millisecond where the guests have a thread; shown is also how many pages were found in them per frame.
 #![allow(unsafe_code)] // Its job: guest memory is raw memory here, and the time-stamp counter is an instruction.
 #[path = "../tests/support/mod.rs"]
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ferry_dataplane::clock::cycles;
@@ -19,10 +20,11 @@ use ferry_dataplane::pmd::Kinds;
 use ferry_dataplane::qsbr::Domain;
 use ferry_dataplane::testing::synthetic::{frame, l2_switch};
 use ferry_dataplane::worker::{Step, Worker};
+use ferry_vhost::dirty_log::DirtyLog;
 use ferry_vhost::net_header::feature;
 use ferry_vhost::queue::{PortQueues, VhostRx, VhostTx};
 use ferry_vhost::ring::Ring;
-use support::{AVAIL, Driver, GuestMem, USED, WRITE};
+use support::{AVAIL, Driver, GuestMem, USED, WRITE, memfd};
 
 struct Vhost;
 
@@ -35,6 +37,8 @@ const SIZE: u16 = 256;
 const BURST: u16 = 64;
 /// Buffers a power of two apart would fall into few sets of the cache.
 const STRIDE: u64 = 2048 + 192;
+/// Frames of a span.
+const SPAN: u32 = 1024;
 /// How long each case is measured.
 const TIME: Duration = Duration::from_millis(700);
 
@@ -157,7 +161,16 @@ impl Guests {
     }
 }
 
-fn guests_and_switch(features: u64, len: u32) -> (Guests, Worker<Vhost>) {
+/// What a frontend does that copies a guest's memory: takes all bits of a log. Returns how many there were.
+fn take(log: &DirtyLog) -> u64 {
+    let words = log.size() / 8;
+    // SAFETY: the mapping, which begins at a page, has so many words; all access to it is atomic.
+    let words = unsafe { std::slice::from_raw_parts(log.base().as_ptr().cast::<AtomicU64>(), words) };
+    let dirty = words.iter().filter(|word| word.load(Ordering::Relaxed) != 0);
+    dirty.map(|word| u64::from(word.swap(0, Ordering::AcqRel).count_ones())).sum()
+}
+
+fn guests_and_switch(features: u64, len: u32, logs: &[Arc<DirtyLog>]) -> (Guests, Worker<Vhost>) {
     let features = features | feature::VERSION_1 | feature::MRG_RXBUF;
     let mem = GuestMem::new(0x10_0000, 1, 8 << 20);
     let map = mem.memory_map();
@@ -167,8 +180,8 @@ fn guests_and_switch(features: u64, len: u32) -> (Guests, Worker<Vhost>) {
     let rings: Vec<Driver> = (0..4)
         .map(|i| Driver::new(&mem, i % 2, SIZE, features, 0x10_0000 + u64::from(i) * Driver::footprint(SIZE)))
         .collect();
-    for (ring, port) in rings.iter().zip([a, a, b, b]) {
-        let config = ring.config(&map, ring.fresh_base(), None);
+    for (ring, (guest, port)) in rings.iter().zip([(0, a), (0, a), (1, b), (1, b)]) {
+        let config = ring.config(&map, ring.fresh_base(), logs.get(guest));
         port.set_enabled(usize::from(ring.index), true);
         port.start(usize::from(ring.index), Ring::new(config).expect("a sound ring")).expect("nothing runs there");
     }
@@ -188,7 +201,16 @@ fn step(worker: &mut Worker<Vhost>) -> Step {
     worker.step()
 }
 
-fn alone(mut guests: Guests, mut worker: Worker<Vhost>, steps: Option<usize>) -> Vec<f64> {
+/// Pages found in the logs.
+type Pages = u64;
+
+fn alone(
+    mut guests: Guests,
+    mut worker: Worker<Vhost>,
+    steps: Option<usize>,
+    logs: &[Arc<DirtyLog>],
+) -> (Vec<f64>, Pages) {
+    let mut pages = 0;
     let mut spans = Vec::with_capacity(1 << 20);
     let began = Instant::now();
     while steps.map_or(began.elapsed() < TIME, |steps| spans.len() < steps) {
@@ -198,9 +220,12 @@ fn alone(mut guests: Guests, mut worker: Worker<Vhost>, steps: Option<usize>) ->
             let from = cycles();
             step(&mut worker);
             spans.push((cycles() - from) as f64 / f64::from(BURST));
+            if spans.len().is_multiple_of(1024) {
+                pages += logs.iter().map(|log| take(log)).sum::<u64>();
+            }
         }
     }
-    spans
+    (spans, pages)
 }
 
 fn pin(core: usize) {
@@ -212,23 +237,28 @@ fn pin(core: usize) {
     }
 }
 
-fn with_guest(mut guests: Guests, mut worker: Worker<Vhost>) -> Vec<f64> {
-    const SPAN: u32 = 1024;
+fn with_guest(mut guests: Guests, mut worker: Worker<Vhost>, logs: &[Arc<DirtyLog>]) -> (Vec<f64>, Pages) {
     let stop = Arc::new(AtomicBool::new(false));
     let other = Arc::clone(&stop);
+    let logs = logs.to_vec();
     let guest = std::thread::spawn(move || {
         pin(1);
         let mut spans = Vec::with_capacity(1 << 20);
         let (mut from, mut count) = (cycles(), 0);
+        let (mut taken, mut pages) = (Instant::now(), 0);
         while !other.load(Ordering::Relaxed) {
             count += guests.turn(u32::from(SIZE));
             if count >= SPAN {
                 let now = cycles();
                 spans.push((now - from) as f64 / f64::from(count));
                 (from, count) = (now, 0);
+                if taken.elapsed() > Duration::from_millis(1) {
+                    pages += logs.iter().map(|log| take(log)).sum::<u64>();
+                    taken = Instant::now();
+                }
             }
         }
-        spans
+        (spans, pages)
     });
     pin(0);
     let began = Instant::now();
@@ -242,7 +272,8 @@ fn with_guest(mut guests: Guests, mut worker: Worker<Vhost>) -> Vec<f64> {
 }
 
 fn main() {
-    let mut args = std::env::args().skip(1);
+    let mut args = std::env::args().skip(1).peekable();
+    let logged = args.next_if(|arg| arg == "log").is_some();
     let mode = args.next().unwrap_or_else(|| "alone".into());
     let (ring, bytes) = (args.next(), args.next());
     let steps = args.next().map(|steps| steps.parse().expect("a number of steps"));
@@ -251,17 +282,23 @@ fn main() {
         std::hint::spin_loop();
     }
     let per_ns = (cycles() - from) as f64 / began.elapsed().as_nanos() as f64;
-    println!("{:<8} {:>6} {:>7} {:>7}", "ring", "bytes", "quiet", "typical");
+    let pages = if logged { "    pages" } else { "" };
+    println!("{:<8} {:>6} {:>7} {:>7}{pages}", "ring", "bytes", "quiet", "typical");
     for (name, features) in [("split", 0), ("packed", feature::RING_PACKED)] {
         for len in [60u32, 128, 508, 1514] {
             if ring.as_ref().is_some_and(|r| r != name) || bytes.as_ref().is_some_and(|b| *b != len.to_string()) {
                 continue;
             }
-            let (guests, worker) = guests_and_switch(features, len);
-            let mut spans = if mode == "guest" { with_guest(guests, worker) } else { alone(guests, worker, steps) };
+            let logs = if logged { 2 } else { 0 };
+            let logs = (0..logs).map(|_| DirtyLog::map(&memfd(4096), 0, 4096).expect("a log")).collect::<Vec<_>>();
+            let (guests, worker) = guests_and_switch(features, len, &logs);
+            let (mut spans, pages) =
+                if mode == "guest" { with_guest(guests, worker, &logs) } else { alone(guests, worker, steps, &logs) };
+            let frames = spans.len() * if mode == "guest" { SPAN as usize } else { usize::from(BURST) };
+            let pages = if logged { format!("{:>9.4}", pages as f64 / frames as f64) } else { String::new() };
             spans.sort_unstable_by(f64::total_cmp);
             let at = |percent: usize| spans[spans.len() * percent / 100] / per_ns;
-            println!("{name:<8} {len:>6} {:>7.1} {:>7.1}", at(2), at(50));
+            println!("{name:<8} {len:>6} {:>7.1} {:>7.1}{pages}", at(2), at(50));
         }
     }
 }

@@ -4,7 +4,11 @@
 //! Order matters. The frontend takes the bits with an atomic exchange and then copies the pages, so a page must be
 //! written first and marked afterwards. A mark is skipped when the bit is already there; that look may not overtake the
 //! write, or the frontend could clear the bit and copy the old page in between. Hence a full fence stands between the
-//! last write and the first look: once per burst in the rings, once per call of [`DirtyLog::mark`].
+//! last write and the first look: once per burst in the rings, once per call of [`DirtyLog::mark`]. The exchange is a full
+//! fence, too: if a bit was seen set, the frontend has yet to take it, and what it copies then holds the write.
+//!
+//! Most marks find the bit there: guests use the same buffers again and again, and the log is taken a few times a second.
+//! So what counts is how fast a look is; atomic changes are few.
 #![allow(unsafe_code)] // Its job: atomic access to the shared bitmap.
 use std::fs::File;
 use std::ops::Range;
@@ -16,6 +20,12 @@ use crate::memory::{Mapping, MemoryError, MemoryMap};
 
 /// Bytes of guest memory per bit of the log (vhost: VHOST_LOG_PAGE).
 pub const LOG_PAGE_BYTES: u64 = 4096;
+
+/// Pages whose bits share a word.
+const WORD_PAGES: u64 = u64::BITS as u64;
+
+/// Words of the log, 16 MiB of guest memory, that are looked at for all frames of a burst together: one per frame at most.
+const QUICK_WORDS: usize = 64;
 
 /// Why a log was refused.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +43,9 @@ pub enum LogError {
 #[derive(Debug)]
 pub struct DirtyLog {
     mapping: Mapping,
+    /// So many words of 64 bits, from the beginning on, are accessed as words; what is behind them as bytes. All of it is bytes where the
+    /// frontend has put the log at an odd place.
+    words: usize,
     out_of_range: AtomicU64,
     poisoned: Arc<AtomicBool>,
 }
@@ -45,7 +58,9 @@ impl DirtyLog {
         }
         let poisoned = Arc::default();
         let mapping = Mapping::new(file, offset, size, &poisoned)?;
-        Ok(Arc::new(Self { mapping, out_of_range: AtomicU64::new(0), poisoned }))
+        let is_aligned = mapping.start().cast::<AtomicU64>().is_aligned();
+        let words = if is_aligned { mapping.len() / size_of::<u64>() } else { 0 };
+        Ok(Arc::new(Self { mapping, words, out_of_range: AtomicU64::new(0), poisoned }))
     }
 
     /// Marks the pages of `len` bytes at guest physical address `gpa`, which were written before the call by this thread.
@@ -56,34 +71,83 @@ impl DirtyLog {
     }
 
     /// As [`Self::mark`]; the caller has passed a sequentially consistent fence since its last write to the range.
-    #[inline]
     pub(crate) fn mark_fenced(&self, gpa: u64, len: u64) {
         if len == 0 {
             return;
         }
-        let first = gpa / LOG_PAGE_BYTES;
         let last = gpa.saturating_add(len - 1) / LOG_PAGE_BYTES;
-        for page in first..=last {
-            match self.cell(page) {
-                Some(byte) => {
-                    let bit = 1u8 << (page % 8);
-                    if byte.load(Ordering::Relaxed) & bit == 0 {
-                        byte.fetch_or(bit, Ordering::Release);
-                    }
+        let mut page = gpa / LOG_PAGE_BYTES;
+        while page <= last {
+            if let Some(word) = self.words().get((page / WORD_PAGES) as usize) {
+                // All pages of the word at once.
+                let end = (page | (WORD_PAGES - 1)).min(last);
+                let bits = (u64::MAX >> (WORD_PAGES - 1 - (end - page))) << (page % WORD_PAGES);
+                if word.load(Ordering::Relaxed) & bits.to_le() != bits.to_le() {
+                    word.fetch_or(bits.to_le(), Ordering::Release);
                 }
-                None => {
-                    self.out_of_range.fetch_add(1, Ordering::Relaxed);
-                    // Everything above is out of range as well.
-                    return;
+                page = end + 1;
+            } else if let Some(byte) = self.byte(page) {
+                let bit = 1u8 << (page % 8);
+                if byte.load(Ordering::Relaxed) & bit == 0 {
+                    byte.fetch_or(bit, Ordering::Release);
                 }
+                page += 1;
+            } else {
+                self.out_of_range.fetch_add(1, Ordering::Relaxed);
+                // Everything above is out of range as well.
+                return;
             }
         }
     }
 
+    /// [`Self::mark_fenced`] for ranges that are mostly short and mostly marked already: one fence for all of them.
+    #[inline(always)]
+    pub(crate) fn mark_all_fenced(&self, ranges: impl Iterator<Item = (u64, u32)>) {
+        let words = self.words();
+        for (gpa, len) in ranges {
+            if !has_short(words, gpa, len) {
+                self.mark_one(gpa, len);
+            }
+        }
+    }
+
+    /// True when all pages from the one of `first` to that of `last` are marked, and are not too many to tell quickly. Order: as in
+    /// [`Self::mark_fenced`].
     #[inline]
-    fn cell(&self, page: u64) -> Option<&AtomicU8> {
+    pub(crate) fn has_all_fenced(&self, first: u64, last: u64) -> bool {
+        let (first, last) = (first / LOG_PAGE_BYTES, last / LOG_PAGE_BYTES);
+        let (a, b) = ((first / WORD_PAGES) as usize, (last / WORD_PAGES) as usize);
+        if b.wrapping_sub(a) > QUICK_WORDS {
+            return false;
+        }
+        let has = |word: &AtomicU64, bits: u64| !u64::from_le(word.load(Ordering::Relaxed)) & bits == 0;
+        let (from, to) = (u64::MAX << (first % WORD_PAGES), u64::MAX >> (WORD_PAGES - 1 - last % WORD_PAGES));
+        match self.words().get(a..=b) {
+            Some([one]) => has(one, from & to),
+            Some([low, between @ .., high]) => {
+                has(low, from) && has(high, to) && between.iter().all(|word| has(word, u64::MAX))
+            }
+            _ => false,
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn mark_one(&self, gpa: u64, len: u32) {
+        self.mark_fenced(gpa, u64::from(len));
+    }
+
+    #[inline(always)]
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: so many aligned words lie inside the mapping, which lives as long as self; any value is one of a u64. All access to them,
+        // here and in the frontend, is atomic.
+        unsafe { std::slice::from_raw_parts(self.mapping.start().cast().as_ptr(), self.words) }
+    }
+
+    /// The byte with a page's bit, if it is in the log and not in one of its words.
+    fn byte(&self, page: u64) -> Option<&AtomicU8> {
         let byte = page / 8;
-        if byte >= self.mapping.len() as u64 {
+        if byte >= self.mapping.len() as u64 || byte < (self.words * size_of::<u64>()) as u64 {
             return None;
         }
         // SAFETY: inside the mapping, which lives as long as self; AtomicU8 has no alignment, and all access to the log,
@@ -94,7 +158,10 @@ impl DirtyLog {
     /// True when the page with guest physical address `gpa` is marked now.
     pub fn is_marked(&self, gpa: u64) -> bool {
         let page = gpa / LOG_PAGE_BYTES;
-        self.cell(page).is_some_and(|b| b.load(Ordering::Acquire) & (1 << (page % 8)) != 0)
+        if let Some(word) = self.words().get((page / WORD_PAGES) as usize) {
+            return u64::from_le(word.load(Ordering::Acquire)) & (1 << (page % WORD_PAGES)) != 0;
+        }
+        self.byte(page).is_some_and(|b| b.load(Ordering::Acquire) & (1 << (page % 8)) != 0)
     }
 
     /// True when every page of `memory` has its bit. vhost-user: a log smaller than the memory must be refused.
@@ -130,6 +197,25 @@ impl DirtyLog {
     pub fn poisoned(&self) -> &Arc<AtomicBool> {
         &self.poisoned
     }
+}
+
+/// True when the pages of a range are marked in `words`. False says nothing: the range may be empty, long, or not in the words.
+#[inline(always)]
+fn has_short(words: &[AtomicU64], gpa: u64, len: u32) -> bool {
+    let first = gpa / LOG_PAGE_BYTES;
+    let beyond = u64::from(len.wrapping_sub(1));
+    // Two pages at most, and the second of them is in the words as well. Without a branch for frames that lie in one page: whether they do
+    // is hard to foretell.
+    if first + 1 >= WORD_PAGES * words.len() as u64 || beyond > LOG_PAGE_BYTES {
+        return false;
+    }
+    let last = (gpa + beyond) / LOG_PAGE_BYTES;
+    let is_set = |page: u64| {
+        // SAFETY: `last` is at most `first + 1`, which is below the number of bits in the words.
+        let word = unsafe { words.get_unchecked((page / WORD_PAGES) as usize) };
+        u64::from_le(word.load(Ordering::Relaxed)) & (1 << (page % WORD_PAGES)) != 0
+    };
+    is_set(first) && is_set(last)
 }
 
 #[cfg(test)]

@@ -297,7 +297,7 @@ pub(crate) trait Format {
     /// The next chains that were staged.
     fn staged(&mut self) -> &mut [One];
     /// Takes the first `chains` of them and enters them into the used ring; [`One::len`] says how many bytes, at least one, were written into
-    /// each.
+    /// each. They are logged with the rest.
     fn use_staged(&mut self, core: &mut Core, chains: u16);
     /// Enters a chain into the used ring, not yet visible. `len`: bytes written into it.
     fn put_used(&mut self, core: &mut Core, chain: Chain, len: u32);
@@ -321,12 +321,19 @@ pub(crate) trait Format {
     fn base(&self) -> u32;
 }
 
+/// Bursts that go by before it is tried again whether the pages of all frames can be looked at together.
+const SCATTERED_BURSTS: u32 = 15;
+
 /// Writes of a burst waiting for their marks in the dirty log.
 struct LogBatch {
     log: Arc<DirtyLog>,
     ranges: Vec<(u64, u32)>,
+    /// Bursts for which the pages are to be looked at one by one.
+    scattered: u32,
     /// Guest address of the device area.
     device_gpa: u64,
+    /// All of it lies in one page.
+    device_in_page: bool,
     /// Guest address of the descriptor ring (packed: used descriptors are written there).
     desc_gpa: u64,
 }
@@ -351,11 +358,30 @@ impl LogBatch {
         self.ranges.push((gpa, len));
     }
 
+    /// Marks what was written into chains, [`One::len`] bytes each, at least one, and at least one of them. The caller has passed a sequentially consistent fence since.
+    #[inline(always)]
+    fn mark_chains(&mut self, chains: &[One]) {
+        // The buffers of a guest mostly lie together in a pool, all of whose pages were soon written since the log was last taken. That is
+        // quickly told.
+        if let Some(left) = self.scattered.checked_sub(1) {
+            self.scattered = left;
+        } else {
+            let (mut low, mut end) = (u64::MAX, 0);
+            for one in chains {
+                // No overflow: a region's end fits in 64 bits.
+                (low, end) = (low.min(one.gpa), end.max(one.gpa.wrapping_add(u64::from(one.len))));
+            }
+            if self.log.has_all_fenced(low, end.wrapping_sub(1)) {
+                return;
+            }
+            self.scattered = SCATTERED_BURSTS;
+        }
+        self.log.mark_all_fenced(chains.iter().map(|one| (one.gpa, one.len)));
+    }
+
     /// Marks everything collected. The caller has passed a sequentially consistent fence since the last write.
     fn mark(&mut self) {
-        for &(gpa, len) in &self.ranges {
-            self.log.mark_fenced(gpa, u64::from(len));
-        }
+        self.log.mark_all_fenced(self.ranges.iter().copied());
         self.ranges.clear();
     }
 }
@@ -382,6 +408,42 @@ impl Core {
     fn log_data(&mut self, gpa: u64, len: u32) {
         if let Some(log) = &mut self.log {
             log.add(gpa, len);
+        }
+    }
+    /// Remembers what was written into chains, mostly none: [`One::len`] bytes each.
+    #[inline(always)]
+    fn log_chains(&mut self, chains: &[One]) {
+        if !chains.is_empty() {
+            self.log_some_chains(chains);
+        }
+    }
+    #[cold]
+    #[inline(never)]
+    fn log_some_chains(&mut self, chains: &[One]) {
+        if let Some(log) = &mut self.log {
+            chains.iter().for_each(|one| log.add(one.gpa, one.len));
+        }
+    }
+    /// Marks what was written into chains, and what was remembered, after a sequentially consistent fence. Directly: to write down first what
+    /// is to be marked would take as long as to mark it.
+    #[inline(never)]
+    fn log_commit_with(&mut self, chains: &[One]) {
+        if let Some(log) = &mut self.log {
+            if !chains.is_empty() {
+                log.mark_chains(chains);
+            }
+            if !log.ranges.is_empty() {
+                log.mark();
+            }
+        }
+    }
+    /// Marks writes into the device area, of so many bytes at these offsets, after a sequentially consistent fence.
+    #[inline(always)]
+    fn log_device_fenced(&self, writes: [(u64, u32); 3]) {
+        if let Some(log) = &self.log {
+            // One page, one mark.
+            let writes = writes.into_iter().take(if log.device_in_page { 1 } else { 3 }).filter(|&(_, len)| len > 0);
+            log.log.mark_all_fenced(writes.map(|(offset, len)| (log.device_gpa.wrapping_add(offset), len)));
         }
     }
     /// Remembers a write into the device area at `offset`.
@@ -506,14 +568,15 @@ impl Ring {
         let driver_ptr = driver.locate(vring, memory)?;
         let device_ptr = device.locate(vring, memory)?;
 
+        let device_gpa =
+            config.log_guest_addr.or_else(|| memory.user_to_guest(device.addr, device.len)).unwrap_or(u64::MAX);
         let log = match &config.log {
             Some(log) if features & feature::LOG_ALL != 0 => Some(LogBatch {
                 log: Arc::clone(log),
                 ranges: Vec::with_capacity(LogBatch::CAPACITY),
-                device_gpa: config
-                    .log_guest_addr
-                    .or_else(|| memory.user_to_guest(device.addr, device.len))
-                    .unwrap_or(u64::MAX),
+                scattered: 0,
+                device_gpa,
+                device_in_page: device_gpa % LOG_PAGE_BYTES + device.len <= LOG_PAGE_BYTES,
                 desc_gpa: memory.user_to_guest(desc.addr, desc.len).unwrap_or(u64::MAX),
             }),
             _ => None,

@@ -357,6 +357,9 @@ impl Format for Packed {
         if have >= count {
             return false;
         }
+        if core.log.is_some() {
+            core.log_chains(self.stage.take_unlogged());
+        }
         let ring = self.ring;
         let direction = if S::WRITABLE { WRITE } else { 0 };
         let mut view = core.cursor.view();
@@ -419,10 +422,12 @@ impl Format for Packed {
             slots.write(one.id, one.len, true, 1);
         }
         self.used_up_to(slots);
-        self.take_staged(chains);
-        if core.log.is_some() {
+        if core.log.is_some() && chains > 0 {
+            core.log_chains(self.stage.take_unlogged());
             self.log_used(core, first, chains);
+            self.stage.log_first(chains);
         }
+        self.take_staged(chains);
     }
 
     #[inline(always)]
@@ -472,10 +477,16 @@ impl Format for Packed {
             // Length 0: nothing was written into a device-readable buffer.
             slots.write(chain & 0xffff, 0, false, chain >> 16);
         }
+        let chains = held.len() as u16;
         if core.log.is_some() {
-            for &chain in held {
-                core.log_desc(u64::from(logged.at) + LEN as u64, 8);
-                logged.step(chain >> 16);
+            if slots.position() == self.next_used.add(chains, self.ring.size) {
+                // A slot each, one behind the other.
+                self.log_used(core, self.next_used.index, chains);
+            } else {
+                for &chain in held {
+                    core.log_desc(u64::from(logged.at) + LEN as u64, 8);
+                    logged.step(chain >> 16);
+                }
             }
         }
         self.held.len = 0;
@@ -499,7 +510,9 @@ impl Format for Packed {
         self.published = new;
         // 2.8.4: the driver's wish is read after the descriptors are visible; the dirty log needs the same fence.
         fence(Ordering::SeqCst);
-        core.log_commit();
+        if core.log.is_some() {
+            core.log_commit_with(self.stage.take_unlogged());
+        }
         // SAFETY: mapped and 4-aligned by `new`'s contract; read in one piece.
         let event =
             u32::from_le(unsafe { AtomicU32::from_ptr(self.driver_event.cast_mut().cast()) }.load(Ordering::Relaxed));

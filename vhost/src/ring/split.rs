@@ -313,6 +313,9 @@ impl Format for Split {
         let known = self.avail_seen.get().wrapping_sub(next);
         let wanted = known.min(count);
         let areas = self.areas;
+        if core.log.is_some() {
+            core.log_chains(self.stage.take_unlogged());
+        }
         // Four descriptors to a cache line, which mostly come one after another.
         for i in (have..wanted).step_by(4) {
             chain::prefetch_read(areas.desc_ptr(areas.head(next.wrapping_add(i))));
@@ -343,7 +346,11 @@ impl Format for Split {
     }
 
     #[inline(always)]
-    fn use_staged(&mut self, _core: &mut Core, chains: u16) {
+    fn use_staged(&mut self, core: &mut Core, chains: u16) {
+        if core.log.is_some() && chains > 0 {
+            core.log_chains(self.stage.take_unlogged());
+            self.stage.log_first(chains);
+        }
         self.enter_staged::<true>(chains);
     }
 
@@ -396,12 +403,12 @@ impl Format for Split {
             let count = new.wrapping_sub(old);
             let first = old & (self.areas.size.get() - 1);
             let until_wrap = count.min(self.areas.size.get() - first);
-            core.log_device((RING + 8 * usize::from(first)) as u64, 8 * u32::from(until_wrap));
-            if count > until_wrap {
-                core.log_device(RING as u64, 8 * u32::from(count - until_wrap));
-            }
-            core.log_device(IDX as u64, 2);
-            core.log_commit();
+            core.log_device_fenced([
+                (IDX as u64, 2),
+                ((RING + 8 * usize::from(first)) as u64, 8 * u32::from(until_wrap)),
+                (RING as u64, 8 * u32::from(count - until_wrap)),
+            ]);
+            core.log_commit_with(self.stage.take_unlogged());
         }
         if core.event_idx {
             need_event(u16::from_le(self.used_event().load(Ordering::Relaxed)), new, old)

@@ -2,6 +2,8 @@
 //!
 //! A staged chain is a private copy: what the guest does to the descriptor afterwards changes nothing. Nothing is taken by staging; a ring
 //! that is stopped forgets what was staged.
+use std::ops::Range;
+
 use ferry_dataplane::frame::BURST;
 
 /// A chain of one buffer, mapped in one piece, which takes one place in its ring.
@@ -22,12 +24,14 @@ pub(super) struct Stage {
     places: Box<[One; BURST]>,
     first: usize,
     end: usize,
+    /// Chains that were used and whose writes the dirty log is still to be told of, if there is one.
+    unlogged: Range<usize>,
 }
 
 impl Stage {
     pub fn new() -> Self {
         let none = One { id: 0, len: 0, addr: core::ptr::null_mut(), gpa: 0 };
-        Self { places: Box::new([none; BURST]), first: 0, end: 0 }
+        Self { places: Box::new([none; BURST]), first: 0, end: 0, unlogged: 0..0 }
     }
 
     #[inline(always)]
@@ -47,6 +51,7 @@ impl Stage {
     /// The places behind the last chain; to be filled from the first on. [`Self::add`] tells how many were.
     #[inline(always)]
     pub fn room(&mut self) -> &mut [One] {
+        debug_assert!(self.unlogged.is_empty(), "chains are overwritten that the dirty log was not told of");
         if self.first != 0 {
             if self.first != self.end {
                 self.places.copy_within(self.first..self.end, 0);
@@ -61,6 +66,20 @@ impl Stage {
     #[inline(always)]
     pub fn add(&mut self, chains: usize) {
         self.end = (self.end + chains).min(BURST);
+    }
+
+    /// The first `chains`, which were written into, are to be told to the dirty log. Only the last ones that were named so are remembered, until
+    /// [`Self::room`] is asked for.
+    #[inline(always)]
+    pub fn log_first(&mut self, chains: u16) {
+        self.unlogged = self.first..(self.first + usize::from(chains)).min(self.end);
+    }
+
+    /// The chains that were named in [`Self::log_first`], and forgets that they were.
+    #[inline(always)]
+    pub fn take_unlogged(&mut self) -> &[One] {
+        let unlogged = core::mem::take(&mut self.unlogged);
+        self.places.get(unlogged).unwrap_or_default()
     }
 
     /// Forgets the first `chains`, or as many as there are.

@@ -211,9 +211,6 @@ fn send_staged<'f, F: Format>(
     }
     let sent = (*left ^ rest).count_ones() as u16;
     *left = rest;
-    if core.log.is_some() {
-        queue.staged().iter().take(usize::from(sent)).for_each(|one| core.log_data(one.gpa, one.len));
-    }
     queue.use_staged(core, sent);
     sent
 }
