@@ -139,6 +139,10 @@ impl DirtyLog {
 
     #[inline(always)]
     fn words(&self) -> &[AtomicU64] {
+        if self.words == 0 {
+            // Where it begins may not be aligned.
+            return &[];
+        }
         // SAFETY: so many aligned words lie inside the mapping, which lives as long as self; any value is one of a u64. All access to them,
         // here and in the frontend, is atomic.
         unsafe { std::slice::from_raw_parts(self.mapping.start().cast().as_ptr(), self.words) }

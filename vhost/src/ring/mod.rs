@@ -15,12 +15,14 @@
 //! | module | job |
 //! |---|---|
 //! | `split`, `packed` | one ring format each: finding chains, returning them, suppression of notifications |
+//! | `log_batch` | a burst's writes into the dirty log |
 //! | `chain` | descriptors into mapped pieces, with the checks common to both formats |
 //! | `stage` | chains of one buffer, made ready ahead of their use |
 //! | `receive` | chains of the guest's transmit queue into frames |
 //! | `transmit` | frames into chains of the guest's receive queue |
 #![allow(unsafe_code)] // Its job here: vouching for the ring areas that the formats are built on.
 mod chain;
+mod log_batch;
 mod packed;
 mod receive;
 mod split;
@@ -30,16 +32,16 @@ mod transmit;
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use ferry_dataplane::counters::{Counter, DropReason};
 use ferry_dataplane::frame::{RxBurst, TxFrame};
 use ferry_dataplane::port::TxReport;
 
 use crate::base_mirror::BaseMirror;
-use crate::dirty_log::{DirtyLog, LOG_PAGE_BYTES};
+use crate::dirty_log::DirtyLog;
 use crate::memory::{Cursor, MemoryMap};
 use crate::net_header::{feature, header_len};
+use log_batch::LogBatch;
 use packed::Packed;
 use split::Split;
 use stage::One;
@@ -321,71 +323,6 @@ pub(crate) trait Format {
     fn base(&self) -> u32;
 }
 
-/// Bursts that go by before it is tried again whether the pages of all frames can be looked at together.
-const SCATTERED_BURSTS: u32 = 15;
-
-/// Writes of a burst waiting for their marks in the dirty log.
-struct LogBatch {
-    log: Arc<DirtyLog>,
-    ranges: Vec<(u64, u32)>,
-    /// Bursts for which the pages are to be looked at one by one.
-    scattered: u32,
-    /// Guest address of the device area.
-    device_gpa: u64,
-    /// All of it lies in one page.
-    device_in_page: bool,
-    /// Guest address of the descriptor ring (packed: used descriptors are written there).
-    desc_gpa: u64,
-}
-
-impl LogBatch {
-    const CAPACITY: usize = 512;
-
-    #[inline]
-    fn add(&mut self, gpa: u64, len: u32) {
-        // Used descriptors follow one another in few pages: one range for each page is enough.
-        if let Some(&(last, _)) = self.ranges.last()
-            && last / LOG_PAGE_BYTES == gpa / LOG_PAGE_BYTES
-            && gpa % LOG_PAGE_BYTES + u64::from(len) <= LOG_PAGE_BYTES
-            && len > 0
-        {
-            return;
-        }
-        if self.ranges.len() == Self::CAPACITY {
-            std::sync::atomic::fence(Ordering::SeqCst);
-            self.mark();
-        }
-        self.ranges.push((gpa, len));
-    }
-
-    /// Marks what was written into chains, [`One::len`] bytes each, at least one, and at least one of them. The caller has passed a sequentially consistent fence since.
-    #[inline(always)]
-    fn mark_chains(&mut self, chains: &[One]) {
-        // The buffers of a guest mostly lie together in a pool, all of whose pages were soon written since the log was last taken. That is
-        // quickly told.
-        if let Some(left) = self.scattered.checked_sub(1) {
-            self.scattered = left;
-        } else {
-            let (mut low, mut end) = (u64::MAX, 0);
-            for one in chains {
-                // No overflow: a region's end fits in 64 bits.
-                (low, end) = (low.min(one.gpa), end.max(one.gpa.wrapping_add(u64::from(one.len))));
-            }
-            if self.log.has_all_fenced(low, end.wrapping_sub(1)) {
-                return;
-            }
-            self.scattered = SCATTERED_BURSTS;
-        }
-        self.log.mark_all_fenced(chains.iter().map(|one| (one.gpa, one.len)));
-    }
-
-    /// Marks everything collected. The caller has passed a sequentially consistent fence since the last write.
-    fn mark(&mut self) {
-        self.log.mark_all_fenced(self.ranges.iter().copied());
-        self.ranges.clear();
-    }
-}
-
 /// What both ring formats need besides their own indexes.
 pub(crate) struct Core {
     cursor: Cursor,
@@ -429,35 +366,29 @@ impl Core {
     #[inline(never)]
     fn log_commit_with(&mut self, chains: &[One]) {
         if let Some(log) = &mut self.log {
-            if !chains.is_empty() {
-                log.mark_chains(chains);
-            }
-            if !log.ranges.is_empty() {
-                log.mark();
-            }
+            log.mark_chains(chains);
+            log.mark();
         }
     }
     /// Marks writes into the device area, of so many bytes at these offsets, after a sequentially consistent fence.
     #[inline(always)]
     fn log_device_fenced(&self, writes: [(u64, u32); 3]) {
         if let Some(log) = &self.log {
-            // One page, one mark.
-            let writes = writes.into_iter().take(if log.device_in_page { 1 } else { 3 }).filter(|&(_, len)| len > 0);
-            log.log.mark_all_fenced(writes.map(|(offset, len)| (log.device_gpa.wrapping_add(offset), len)));
+            log.mark_device(writes);
         }
     }
     /// Remembers a write into the device area at `offset`.
     #[inline]
     fn log_device(&mut self, offset: u64, len: u32) {
         if let Some(log) = &mut self.log {
-            log.add(log.device_gpa.wrapping_add(offset), len);
+            log.add_device(offset, len);
         }
     }
     /// Remembers a write into the descriptor area at `offset`.
     #[inline]
     fn log_desc(&mut self, offset: u64, len: u32) {
         if let Some(log) = &mut self.log {
-            log.add(log.desc_gpa.wrapping_add(offset), len);
+            log.add_desc(offset, len);
         }
     }
     /// Marks what was remembered, after a sequentially consistent fence.
@@ -470,9 +401,7 @@ impl Core {
 
     #[inline]
     fn check_memory(&self) -> Result<(), Fault> {
-        if self.cursor.map().is_poisoned()
-            || self.log.as_ref().is_some_and(|l| l.log.poisoned().load(Ordering::Relaxed))
-        {
+        if self.cursor.map().is_poisoned() || self.log.as_ref().is_some_and(|log| log.is_poisoned()) {
             return Err((FaultKind::MemoryLost, 0));
         }
         Ok(())
@@ -571,14 +500,11 @@ impl Ring {
         let device_gpa =
             config.log_guest_addr.or_else(|| memory.user_to_guest(device.addr, device.len)).unwrap_or(u64::MAX);
         let log = match &config.log {
-            Some(log) if features & feature::LOG_ALL != 0 => Some(LogBatch {
-                log: Arc::clone(log),
-                ranges: Vec::with_capacity(LogBatch::CAPACITY),
-                scattered: 0,
-                device_gpa,
-                device_in_page: device_gpa % LOG_PAGE_BYTES + device.len <= LOG_PAGE_BYTES,
-                desc_gpa: memory.user_to_guest(desc.addr, desc.len).unwrap_or(u64::MAX),
-            }),
+            Some(log) if features & feature::LOG_ALL != 0 => Some(LogBatch::new(
+                Arc::clone(log),
+                (device_gpa, device.len),
+                memory.user_to_guest(desc.addr, desc.len).unwrap_or(u64::MAX),
+            )),
             _ => None,
         };
         let core = Core {
