@@ -1,10 +1,12 @@
-//! What the packet path costs without rings: nanoseconds per frame of 64 bytes, one thread, ports in private memory.
+//! What the packet path costs without rings: nanoseconds per frame, of 64 bytes unless said otherwise, one thread, ports in private memory.
 //!
-//!     cargo run --release -p ferry-dataplane --features testing --example packet_path [NAME ...]
+//!     cargo run --release -p ferry-dataplane --features testing --example packet_path [tracked] [steps=N] [NAME ...]
 //!
 //! Shown is what the quietest bursts (2nd percentile) and the typical ones (median) take. TCP sends in both directions. `new` is
 //! nanoseconds per handshake (SYN, SYN-ACK, ACK) at both ends while the tables fill up to the named number of connections, without their
-//! removal; `syn`, `syn-ack` and `ack` are its parts. Bursts are of 64 frames, `alone` of one.
+//! removal; `syn`, `syn-ack` and `ack` are its parts. Bursts are of 64 frames, `alone` of one. With `tracked` first, changes to the
+//! connections are tracked, as during a migration. With `steps=N`, so many steps are made of each case after those that warm it up, for
+//! profilers that count.
 use std::time::{Duration, Instant};
 
 use ferry_dataplane::clock::cycles;
@@ -26,7 +28,12 @@ fn ticks_per_ns() -> f64 {
 }
 
 fn main() {
-    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let mut args = std::env::args().skip(1).peekable();
+    let tracked = args.next_if(|arg| arg == "tracked").is_some();
+    let steps = args.next_if(|arg| arg.starts_with("steps="));
+    let steps = steps.map(|arg| arg.trim_start_matches("steps=").parse::<usize>().expect("a number of steps"));
+    let goes_on = |done: usize, began: Instant| steps.map_or(began.elapsed() < TIME, |steps| done < steps);
+    let wanted: Vec<String> = args.collect();
     let per_ns = ticks_per_ns();
     let measure = |name: &str, burst: usize, warm_up: usize, make: &dyn Fn() -> Worker<SyntheticKinds>| {
         if !wanted.is_empty() && !wanted.iter().any(|w| name == w) {
@@ -38,10 +45,10 @@ fn main() {
         }
         let mut samples = Vec::with_capacity(1 << 20);
         let began = Instant::now();
-        while began.elapsed() < TIME {
+        while goes_on(samples.len(), began) {
             for _ in 0..64 {
                 let from = cycles();
-                worker.step();
+                measured(|| worker.step());
                 samples.push(cycles() - from);
             }
         }
@@ -53,31 +60,45 @@ fn main() {
             l2_worker(bytes, stations).expect("a fresh domain has room for a reader")
         });
     }
-    // The last ones: frames that come alone.
-    let loads = |burst: usize| {
-        let ends = if burst == 1 { &[true][..] } else { &[false, true] };
-        ends.iter().flat_map(move |&both_ends| {
-            let loads = [1, 10_000, 1_000_000].map(|connections| {
-                let alone = if burst == 1 { ", alone" } else { "" };
-                let name = format!("{} {connections}{alone}", if both_ends { "both ends" } else { "one end" });
-                (name, FirewallLoad { frame_bytes: 64, connections, rules: 10, both_ends, burst })
-            });
-            loads.into_iter().take(if burst == 1 { 2 } else { 3 })
-        })
-    };
-    let loads = || loads(BURST).chain(loads(1));
-    for (name, load) in loads() {
+    for (name, load) in loads(tracked) {
         measure(&name, load.burst, 2 * load.connections as usize / load.burst + 2000, &|| {
             firewall_worker(load).expect("memory for the tables").0
         });
     }
-    for (name, load) in loads() {
-        tcp(&format!("tcp {name}"), &wanted, per_ns, load);
+    for (name, load) in loads(tracked) {
+        tcp(&format!("tcp {name}"), &wanted, per_ns, &goes_on, load);
     }
 }
 
+/// What firewalls are measured with, and its name.
+fn loads(tracked: bool) -> Vec<(String, FirewallLoad)> {
+    let mut loads = Vec::new();
+    let mut add = |name: String, load| loads.push((name, FirewallLoad { tracked, ..load }));
+    for both_ends in [false, true] {
+        let ends = if both_ends { "both ends" } else { "one end" };
+        for connections in [1, 10_000, 1_000_000] {
+            add(format!("{ends} {connections}"), FirewallLoad::new(connections, both_ends));
+        }
+        let long = FirewallLoad { frame_bytes: 1518, summed: true, ..FirewallLoad::new(1000, both_ends) };
+        add(format!("{ends} 1000, 1518 B"), long);
+    }
+    for connections in [1, 10_000] {
+        add(
+            format!("both ends {connections}, alone"),
+            FirewallLoad { burst: 1, ..FirewallLoad::new(connections, true) },
+        );
+    }
+    loads
+}
+
+/// A function of its own, for profilers to count in: of the steps that are measured.
+#[inline(never)]
+fn measured<T>(f: impl FnOnce() -> T) -> T {
+    f()
+}
+
 /// Opens the connections of a load, then sends on them, unless only the former is wanted.
-fn tcp(name: &str, wanted: &[String], per_ns: f64, load: FirewallLoad) {
+fn tcp(name: &str, wanted: &[String], per_ns: f64, goes_on: &dyn Fn(usize, Instant) -> bool, load: FirewallLoad) {
     let name_of_new = format!("{name} new");
     let (all, new) = [name, &name_of_new].map(|name| wanted.iter().any(|w| name == w)).into();
     if !wanted.is_empty() && !all && !new {
@@ -109,9 +130,9 @@ fn tcp(name: &str, wanted: &[String], per_ns: f64, load: FirewallLoad) {
         }
         let mut samples = Vec::with_capacity(1 << 20);
         let began = Instant::now();
-        while began.elapsed() < TIME {
+        while goes_on(samples.len(), began) {
             for _ in 0..64 {
-                samples.push(step(&mut switch).1);
+                samples.push(measured(|| step(&mut switch).1));
             }
         }
         print(name, per_ns, samples, 2 * load.burst);

@@ -15,7 +15,7 @@ fn main() {
 /// Frames of known connections: one look-up at each end that has a firewall.
 #[divan::bench(min_time = 1, args = [(1, false), (10_000, false), (1_000_000, false), (1, true), (10_000, true), (1_000_000, true)])]
 fn established(bencher: Bencher<'_, '_>, (connections, both_ends): (u32, bool)) {
-    let load = FirewallLoad { frame_bytes: 64, connections, rules: 10, both_ends, burst: BURST };
+    let load = FirewallLoad::new(connections, both_ends);
     let (mut worker, _) = firewall_worker(load).expect("memory for the tables");
     for _ in 0..=connections as usize / BURST {
         worker.step();
@@ -27,7 +27,7 @@ fn established(bencher: Bencher<'_, '_>, (connections, both_ends): (u32, bool)) 
 #[divan::bench(min_time = 1, args = [10, 100, 1000, 10_000])]
 fn new_connections(bencher: Bencher<'_, '_>, rules: u32) {
     const CONNECTIONS: u32 = 64 * 1024;
-    let load = FirewallLoad { frame_bytes: 64, connections: CONNECTIONS, rules, both_ends: false, burst: BURST };
+    let load = FirewallLoad { rules, ..FirewallLoad::new(CONNECTIONS, false) };
     let (mut worker, now_ns) = firewall_worker(load).expect("memory for the table");
     let mut steps = 0;
     bencher.counter(ItemsCount::new(BURST)).bench_local(|| {

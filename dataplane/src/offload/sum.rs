@@ -9,7 +9,7 @@ use crate::frame::Body;
 
 /// Below this many bytes, wider instructions do not pay for the feature test and the call.
 #[cfg(target_arch = "x86_64")]
-const AVX2_LEAST_BYTES: usize = 256;
+const WIDE_LEAST_BYTES: usize = 256;
 
 /// One's complement sum of `bytes`, taken as native-endian 16-bit words with a zero byte appended when odd, folded to 16 bits.
 #[inline]
@@ -32,23 +32,99 @@ pub(super) fn pieces(body: &Body<'_>, mut f: impl FnMut(u16, u32)) {
 #[inline]
 unsafe fn raw(addr: *const u8, len: usize) -> u16 {
     #[cfg(target_arch = "x86_64")]
-    if len >= AVX2_LEAST_BYTES && std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the feature was just detected; the range is the caller's promise.
-        return unsafe { raw_avx2(addr, len) };
+    if (WIDE_LEAST_BYTES..=x86::MOST_BYTES).contains(&len) {
+        if std::arch::is_x86_feature_detected!("avx512bw") {
+            // SAFETY: the feature was just detected, and the length is in bounds; the range is the caller's promise.
+            return fold(unsafe { x86::avx512(addr, len) });
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: as above; what was summed is no more than there is, and an even number of bytes.
+            return unsafe {
+                let (sum, done) = x86::avx2(addr, len);
+                fold(sum + rest(addr.add(done), len - done))
+            };
+        }
     }
     // SAFETY: the caller's promise.
     unsafe { raw_generic(addr, len) }
 }
 
-/// The same loop, which the compiler turns into 256-bit instructions here.
-///
-/// # Safety
-/// As [`raw`], and the CPU has AVX2.
+/// Sums with wide instructions. Words are added in pairs to lanes of 32 bits; the instruction that does so takes them for signed, so
+/// 2^15 is taken away from each first (its top bit turned over), and added again at the end.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-unsafe fn raw_avx2(addr: *const u8, len: usize) -> u16 {
-    // SAFETY: the caller's promise.
-    unsafe { raw_generic(addr, len) }
+mod x86 {
+    use core::arch::x86_64::{
+        __m256i, _mm_add_epi32, _mm_cvtsi128_si32, _mm_shuffle_epi32, _mm256_add_epi32, _mm256_castsi256_si128,
+        _mm256_extracti128_si256, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_set1_epi16, _mm256_setzero_si256,
+        _mm256_xor_si256, _mm512_add_epi32, _mm512_loadu_si512, _mm512_madd_epi16, _mm512_maskz_loadu_epi8,
+        _mm512_reduce_add_epi32, _mm512_set1_epi16, _mm512_setzero_si512, _mm512_xor_si512,
+    };
+
+    /// Most bytes that can be summed at a time: 2^15 words of at most 2^15 each, with a sign, fit into a lane.
+    pub(super) const MOST_BYTES: usize = 1 << 16;
+
+    /// What was taken away from the words of so many bytes.
+    fn bias(bytes: usize) -> i64 {
+        (bytes as i64 / 2) << 15
+    }
+
+    /// The sum of the first bytes, and of how many: of all but at most 31. 128 bytes a turn, in four accumulators.
+    ///
+    /// # Safety
+    /// As `raw`, the CPU has AVX2, and `len` is at most [`MOST_BYTES`].
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn avx2(addr: *const u8, len: usize) -> (u64, usize) {
+        let (ones, sign) = (_mm256_set1_epi16(1), _mm256_set1_epi16(i16::MIN));
+        let plus = |sum: __m256i, at: usize| {
+            // SAFETY: the callers below give an `at` with 32 bytes behind it that are inside the range.
+            let words = unsafe { _mm256_loadu_si256(addr.add(at).cast()) };
+            _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_xor_si256(words, sign), ones))
+        };
+        let [mut a, mut b, mut c, mut d] = [_mm256_setzero_si256(); 4];
+        let mut at = 0;
+        while len - at >= 128 {
+            (a, b, c, d) = (plus(a, at), plus(b, at + 32), plus(c, at + 64), plus(d, at + 96));
+            at += 128;
+        }
+        while len - at >= 32 {
+            a = plus(a, at);
+            at += 32;
+        }
+        let eight = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
+        let four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+        let two = _mm_add_epi32(four, _mm_shuffle_epi32::<0b1110>(four));
+        let one = _mm_add_epi32(two, _mm_shuffle_epi32::<1>(two));
+        ((i64::from(_mm_cvtsi128_si32(one)) + bias(at)) as u64, at)
+    }
+
+    /// The sum of all bytes, 256 a turn.
+    ///
+    /// # Safety
+    /// As `raw`, the CPU has AVX-512BW, and `len` is at most [`MOST_BYTES`].
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub(super) unsafe fn avx512(addr: *const u8, len: usize) -> u64 {
+        let (ones, sign) = (_mm512_set1_epi16(1), _mm512_set1_epi16(i16::MIN));
+        let add = |sum, words| _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_xor_si512(words, sign), ones));
+        let plus = |sum, at: usize| {
+            // SAFETY: the callers below give an `at` with 64 bytes behind it that are inside the range.
+            add(sum, unsafe { _mm512_loadu_si512(addr.add(at).cast()) })
+        };
+        let [mut a, mut b, mut c, mut d] = [_mm512_setzero_si512(); 4];
+        let mut at = 0;
+        while len - at >= 256 {
+            (a, b, c, d) = (plus(a, at), plus(b, at + 64), plus(c, at + 128), plus(d, at + 192));
+            at += 256;
+        }
+        while len - at >= 64 {
+            a = plus(a, at);
+            at += 64;
+        }
+        // At most 63 bytes, and zeros behind them.
+        // SAFETY: only bytes inside the range are read.
+        let last = unsafe { _mm512_maskz_loadu_epi8((1u64 << (len - at)) - 1, addr.add(at).cast()) };
+        let all = _mm512_add_epi32(_mm512_add_epi32(add(a, last), b), _mm512_add_epi32(c, d));
+        (i64::from(_mm512_reduce_add_epi32(all)) + bias(at + 64)) as u64
+    }
 }
 
 /// # Safety
@@ -69,7 +145,17 @@ unsafe fn raw_generic(addr: *const u8, len: usize) -> u16 {
         }
         at += 64;
     }
-    let mut sum: u64 = lanes.iter().sum();
+    // SAFETY: at <= len.
+    fold(lanes.iter().sum::<u64>() + unsafe { rest(addr.add(at), len - at) })
+}
+
+/// The sum of a few bytes, not folded: of fewer than 2^34.
+///
+/// # Safety
+/// As [`raw`].
+#[inline(always)]
+unsafe fn rest(addr: *const u8, len: usize) -> u64 {
+    let (mut sum, mut at) = (0, 0);
     while len - at >= 4 {
         // SAFETY: at + 4 <= len.
         sum += u64::from(unsafe { read_unaligned(addr.add(at).cast::<u32>()) });
@@ -84,7 +170,7 @@ unsafe fn raw_generic(addr: *const u8, len: usize) -> u16 {
             at += 1;
         }
     }
-    fold(sum + u64::from(u32::from_ne_bytes(last.to_le_bytes())))
+    sum + u64::from(u32::from_ne_bytes(last.to_le_bytes()))
 }
 
 /// Folds to 16 bits with end-around carry; 0 only when every summand was 0.
@@ -217,6 +303,27 @@ mod tests {
                 assert_eq!(slice(part), want, "start {start} len {len}");
                 // SAFETY: `part` is readable.
                 assert_eq!(unsafe { raw_generic(part.as_ptr(), len) }, want);
+            }
+        }
+        // Whichever is chosen here, each variant that the processor has is exact; at the longest, too, where lanes are fullest.
+        #[cfg(target_arch = "x86_64")]
+        for (len, fill) in
+            (0..1100).map(|len| (len, None)).chain([(x86::MOST_BYTES, Some(0)), (x86::MOST_BYTES, Some(0xff))])
+        {
+            let part = fill.map_or_else(|| bytes[9..].iter().copied().take(len).collect(), |byte| vec![byte; len]);
+            let want = naive(&part);
+            if std::arch::is_x86_feature_detected!("avx2") {
+                // SAFETY: `part` is readable, and the processor has the instructions.
+                let (sum, done) = unsafe { x86::avx2(part.as_ptr(), len) };
+                assert!(done.is_multiple_of(2) && len - done < 32);
+                assert_eq!(sum == 0, part[..done].iter().all(|&b| b == 0));
+                // SAFETY: the rest is readable.
+                let rest = unsafe { rest(part.as_ptr().add(done), len - done) };
+                assert_eq!(fold(sum + rest), want, "AVX2, len {len}");
+            }
+            if std::arch::is_x86_feature_detected!("avx512bw") {
+                // SAFETY: as above.
+                assert_eq!(fold(unsafe { x86::avx512(part.as_ptr(), len) }), want, "AVX-512, len {len}");
             }
         }
         // Nothing but ones: every carry happens, in every lane.

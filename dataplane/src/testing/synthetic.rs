@@ -22,6 +22,7 @@ use crate::firewall::{
     AddressBook, CompileOptions, Direction, PolicyDocument, PortPolicy, Rule, SecurityGroup, compile,
 };
 use crate::frame::{BURST, Frames, Offload, RxBurst, TxFrame};
+use crate::offload::checksum::Sum;
 use crate::packet::ethernet::MacAddr;
 use crate::pmd::{Command, IdleTuning, Kinds, PmdCounters, PolledQueue, Sleeper, mailbox};
 use crate::port::{Armed, RxQueue, TxCapabilities, TxPort, TxReport, Wake};
@@ -185,6 +186,17 @@ pub struct FirewallLoad {
     pub both_ends: bool,
     /// Frames per burst, at most [`BURST`].
     pub burst: usize,
+    /// UDP datagrams carry checksums.
+    pub summed: bool,
+    /// Changes to the connections are tracked, as during a migration. Nobody collects them.
+    pub tracked: bool,
+}
+
+impl FirewallLoad {
+    /// Frames of 64 bytes in full bursts, ten rules, no checksums, nothing tracked.
+    pub const fn new(connections: u32, both_ends: bool) -> Self {
+        Self { frame_bytes: 64, connections, rules: 10, both_ends, burst: BURST, summed: false, tracked: false }
+    }
 }
 
 /// A worker whose frames are UDP datagrams of `connections` flows towards a VM, and the clock it goes by (nanoseconds).
@@ -192,7 +204,7 @@ pub struct FirewallLoad {
 /// The connections are new in the first `connections / burst` steps, and again whenever the clock has moved by more than
 /// [`crate::conntrack::Timeouts::udp_ms`].
 pub fn firewall_worker(load: FirewallLoad) -> Option<(Worker<SyntheticKinds>, Arc<AtomicU64>)> {
-    let frames = (0..load.connections.max(BURST as u32)).map(|n| udp(n % load.connections, load.frame_bytes));
+    let frames = (0..load.connections.max(BURST as u32)).map(|n| udp(n % load.connections, &load));
     let (clock, now_ns) = Clock::simulated();
     let receiver = port_firewall(0, &load)?;
     let sender = if load.both_ends { Some(port_firewall(1, &load)?) } else { None };
@@ -228,8 +240,9 @@ fn ipv4(src: [u8; 4], dst: [u8; 4], proto: u8, l4_len: u16) -> Vec<u8> {
     ip
 }
 
-/// Flow n: to 10.x.y.z, from one address, as a VM's flows are. The UDP checksum is not used, as RFC 768 allows.
-fn udp(n: u32, frame_bytes: usize) -> Vec<u8> {
+/// Flow n: to 10.x.y.z, from one address, as a VM's flows are. The UDP checksum need not be used (RFC 768).
+fn udp(n: u32, load: &FirewallLoad) -> Vec<u8> {
+    let frame_bytes = load.frame_bytes;
     let mut f = ethernet(0, [8, 0]);
     let l4_len = (frame_bytes.max(46) - 34) as u16;
     let [_, x, y, z] = n.to_be_bytes();
@@ -237,6 +250,16 @@ fn udp(n: u32, frame_bytes: usize) -> Vec<u8> {
     let [a, b] = l4_len.to_be_bytes();
     f.extend([0x13, 0x88, 0, 53, a, b, 0, 0]);
     f.resize(frame_bytes.max(46), 0x5a);
+    if load.summed {
+        let mut sum = Sum::new();
+        // The addresses and the datagram, and what else the pseudo-header has.
+        sum.add_bytes(f.get(26..).unwrap_or_default());
+        sum.add_u16(17);
+        sum.add_u16(l4_len);
+        if let Some(field) = f.get_mut(40..42) {
+            field.copy_from_slice(&sum.finish().to_be_bytes());
+        }
+    }
     f
 }
 
@@ -248,6 +271,7 @@ fn port_firewall(id: VmId, load: &FirewallLoad) -> Option<PortFirewall> {
     };
     let vm = VmFirewall::new(id, &options, [7, 11]).ok()?;
     vm.map().populate_ahead();
+    vm.map().set_tracking(load.tracked);
     let rule = |n: u32| {
         let [_, x, y, z] = n.to_be_bytes();
         Some(Rule {

@@ -197,7 +197,7 @@ mod tests {
         for (connections, both_ends, burst) in
             [(1, true, 64), (1, false, 64), (640, true, 64), (1, true, 1), (10, true, 3)]
         {
-            let load = FirewallLoad { frame_bytes: 64, connections, rules: 3, both_ends, burst };
+            let load = FirewallLoad { rules: 3, burst, ..FirewallLoad::new(connections, both_ends) };
             let mut switch = TcpSwitch::new(load).unwrap();
             let (mut offered, mut phases) = ([0u64; 2], Vec::new());
             for _ in 0..if cfg!(miri) { 40 } else { 3000 } {
