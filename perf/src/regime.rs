@@ -7,6 +7,7 @@
 use crate::affinity::{self, Urgency};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -44,11 +45,15 @@ pub fn round_trip_ns(a: usize, b: usize) -> Result<f64> {
     let ping = Line(AtomicU64::new(0));
     let pong = Line(AtomicU64::new(0));
     let stop = Line(AtomicU64::new(0));
+    // Both begin on the caller's core, where the one that polls first would keep the other from getting to its own.
+    let ready = Barrier::new(2);
     std::thread::scope(|s| {
         let echo = s.spawn(|| -> Result<()> {
             // In this order: on the other core it could not run beside what is being measured.
             affinity::set_urgency(0, Urgency::Probe);
-            affinity::pin_self(b)?;
+            let pinned = affinity::pin_self(b);
+            ready.wait();
+            pinned?;
             let mut seen = 0;
             while stop.0.load(Ordering::Relaxed) == 0 {
                 let now = ping.0.load(Ordering::Acquire);
@@ -62,7 +67,9 @@ pub fn round_trip_ns(a: usize, b: usize) -> Result<f64> {
         });
         let measure = s.spawn(|| -> Result<f64> {
             affinity::set_urgency(0, Urgency::Probe);
-            affinity::pin_self(a)?;
+            let pinned = affinity::pin_self(a);
+            ready.wait();
+            pinned?;
             let mut best = f64::INFINITY;
             let mut n = 0;
             for _ in 0..BATCHES {

@@ -5,7 +5,7 @@ use crate::frame::{MTU, Transport};
 use crate::generator::{Generator, Tally};
 use crate::guest::ring::{DriverRing, RingFormat};
 use crate::guest::{GuestSpec, packed::PackedRing, split::SplitRing};
-use crate::histogram::Quantiles;
+use crate::histogram::{Histogram, Quantiles};
 use crate::regime;
 use crate::regime::Placement;
 use crate::results::{Figure, MOST_WAITED, Measurement, Metric, Series, Window, prefer};
@@ -554,19 +554,19 @@ impl Exchange {
     }
 
     /// One turn: connections per second if that is what it measures, and times.
-    fn turn(self, pair: &mut Pair<SplitRing>) -> Result<(Option<f64>, Quantiles)> {
+    fn turn(self, pair: &mut Pair<SplitRing>) -> Result<(Option<f64>, Histogram)> {
         Ok(match self {
-            Self::PingPong => (None, pair.ping_pong(Duration::from_millis(300))?.quantiles()),
+            Self::PingPong => (None, pair.ping_pong(Duration::from_millis(300))?),
             Self::Loaded(percent) => {
                 let saturated = Duration::from_millis(100);
                 let (taken, _) = pair.steady(200e6, saturated)?;
                 let most = taken.count() as f64 / saturated.as_secs_f64();
                 let (times, _) = pair.steady(most * f64::from(percent) / 100.0, Duration::from_millis(200))?;
-                (None, times.quantiles())
+                (None, times)
             }
             Self::Handshakes { count, under_way, close } => {
                 let done = pair.handshakes(0, count, under_way, close)?;
-                (Some(done.per_second), done.setup_ns.quantiles())
+                (Some(done.per_second), done.setup_ns)
             }
         })
     }
@@ -576,6 +576,8 @@ struct Turn {
     placement: Option<Placement>,
     rate: Option<f64>,
     times: Quantiles,
+    /// How many times were taken.
+    count: u64,
 }
 
 fn exchange_rounds(
@@ -599,6 +601,8 @@ fn exchange_rounds(
             }
             system.process().resume();
             match exchange_turn(plan, job, transport, system, pair) {
+                // A switch that was stopped may not come round in time: a turn without a single answer says nothing.
+                Ok(turn) if turn.count == 0 => {}
                 Ok(turn) => turns.entry(kind).or_default().push(turn),
                 Err(e) => {
                     failures.insert(kind, format!("{e:#}"));
@@ -659,7 +663,7 @@ fn exchange_turn(
         system.flush()?;
     }
     let [before, after] = [before, after].map(Placement::of);
-    Ok(Turn { placement: (before == after).then_some(before), rate, times })
+    Ok(Turn { placement: (before == after).then_some(before), rate, times: times.quantiles(), count: times.count() })
 }
 
 /// Only turns of one placement are compared: the one in which the switch with the fewest has the most.
