@@ -104,7 +104,7 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         }
     }
 
-    /// The part of a connection's hash that is the same at both ends.
+    /// The parts of a connection's hash that are about its ends; at the other firewall they are [`Ends::turned`].
     #[inline(always)]
     pub fn ends(&self, packet: &Plain) -> Ends {
         self.map.ends(&packet.key(Self::TOWARD, 0))

@@ -264,7 +264,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
                 for train in trains {
                     let ends = near.ends(&train.plain);
                     train.near = near.prepare(ends, &train.plain, vlan, both);
-                    train.far = far.prepare(ends, &train.plain, vlan, both);
+                    train.far = far.prepare(ends.turned(), &train.plain, vlan, both);
                 }
             }
             (Some(near), None) => {

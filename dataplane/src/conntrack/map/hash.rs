@@ -1,7 +1,8 @@
 //! The keyed hash of connection keys.
 //!
-//! In two parts: that of the two ends is the same whichever of them is the VM's, and the same in every map of the process, so that a packet
-//! that is judged at both ends is hashed once; the rest is each map's own.
+//! In two parts: those of the two ends are the same whichever of them is the VM's, and the same in every map of the process, so that the ends
+//! of a packet that is judged at both are hashed once; the rest is each map's own. The order of the ends counts: two connections of one VM
+//! whose ends are the same the other way round are not alike.
 use std::hash::BuildHasher;
 #[cfg(not(loom))]
 use std::hash::RandomState;
@@ -17,9 +18,17 @@ static PROCESS: LazyLock<[u64; 3]> = LazyLock::new(|| {
     [0u64, 1, 2].map(|n| random.hash_one(n) | 1)
 });
 
-/// The part of a key's hash that is about its two ends.
+/// The parts of a key's hash that are about its two ends: the VM's, and the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Ends(u64);
+pub(crate) struct Ends(u64, u64);
+
+impl Ends {
+    /// Those of the same packet where the other end is the VM's.
+    #[inline(always)]
+    pub const fn turned(self) -> Self {
+        Self(self.1, self.0)
+    }
+}
 
 /// Hashes a key under secrets of the process and of the map.
 ///
@@ -45,11 +54,11 @@ impl Hasher {
         Self { process: *PROCESS, own }
     }
 
-    /// The part that is about the key's ends; the same for the same ends the other way round, and in any other map.
+    /// The parts that are about the key's ends; the same in any other map.
     #[inline(always)]
     pub fn ends(&self, key: &[u64; 5]) -> Ends {
         let &[a, b, c, d, e] = key;
-        Ends(self.end(a, b, e as u16).wrapping_add(self.end(c, d, (e >> 16) as u16)))
+        Ends(self.end(a, b, e as u16), self.end(c, d, (e >> 16) as u16))
     }
 
     #[inline(always)]
@@ -60,9 +69,9 @@ impl Hasher {
 
     /// The hash of a key with these ends, of which `rest` is the last word. All 64 bits are usable.
     #[inline(always)]
-    pub fn whole(&self, Ends(ends): Ends, rest: u64) -> u64 {
+    pub fn whole(&self, Ends(own, other): Ends, rest: u64) -> u64 {
         let [k0, k1] = self.own;
-        fold(ends ^ k0, (rest >> 32) ^ k1)
+        fold(own.wrapping_add(other.rotate_left(32)) ^ k0, (rest >> 32) ^ k1)
     }
 
     /// A key's hash.
@@ -126,8 +135,10 @@ mod tests {
             let key = sample(n * 977).key.words();
             let [a, b, c, d, e] = key;
             let turned = [c, d, a, b, e & !0xffff_ffff | (e & 0xffff) << 16 | e >> 16 & 0xffff];
-            assert_eq!(one.ends(&key), one.ends(&turned));
+            assert_eq!(one.ends(&key), one.ends(&turned).turned());
+            assert_eq!(one.hash(turned), one.whole(one.ends(&key).turned(), turned[4]));
             assert_eq!(one.ends(&key), other.ends(&key));
+            assert_ne!(one.hash(key), one.hash(turned), "two connections of one VM");
             assert_ne!(one.hash(key), other.hash(key));
             // A port belongs to its address.
             let crossed = [a, b, c, d, e & !0xffff_ffff | (e & 0xffff) << 16 | e >> 16 & 0xffff];

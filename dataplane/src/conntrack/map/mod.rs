@@ -306,7 +306,7 @@ impl ConnMap {
         });
     }
 
-    /// The part of a key's hash that is the same for the key's two ends the other way round, and in any other map.
+    /// The parts of a key's hash that are about its two ends: the same in any other map, and [`Ends::turned`] where the other is the VM's.
     #[inline(always)]
     pub(crate) fn ends(&self, key: &KeyWords) -> Ends {
         self.hasher.ends(key)

@@ -23,7 +23,7 @@ impl<T: TxPort> Passage<'_, '_, T> {
                 (Some(near), Some(far)) => {
                     let ends = near.ends(packet);
                     train.near = near.prepare(ends, packet, vlan, both);
-                    train.far = far.quick.prepare(ends, packet, vlan, both);
+                    train.far = far.quick.prepare(ends.turned(), packet, vlan, both);
                     near.relocate(&mut train.near);
                     far.quick.relocate(&mut train.far);
                 }
