@@ -10,10 +10,12 @@ use crate::core::WeakCore;
 
 /// How often reports are fetched.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// How often it is looked whether connection tables need memory: what is ready lasts for that long at 3 million new connections a second.
-const LOOK: Duration = Duration::from_millis(10);
-/// The same while one of them grows fast.
-const GROWTH: Duration = Duration::from_millis(1);
+/// How often it is looked whether connection tables need memory: what is ready lasts for that long at a million new connections a second.
+const LOOK: Duration = Duration::from_millis(33);
+/// The same while one of them grows fast, or did a moment ago.
+const LOOK_AT_GROWTH: Duration = Duration::from_millis(1);
+/// Such moments.
+const GROWTH: Duration = Duration::from_millis(200);
 
 /// History and flow log, shared by the thread that feeds them and the API.
 #[derive(Clone)]
@@ -103,6 +105,7 @@ pub fn run(core: &WeakCore) {
         (core.engine().housekeeper(), core.engine().provider())
     });
     let Some((housekeeper, provider)) = jobs else { return };
+    let mut grew: Option<Instant> = None;
     loop {
         let Some(shared) = core.upgrade() else { return };
         records.clear();
@@ -118,7 +121,11 @@ pub fn run(core: &WeakCore) {
         housekeeper();
         let next = Instant::now() + INTERVAL;
         loop {
-            let pause = if provider() { GROWTH } else { LOOK };
+            if provider() {
+                grew = Some(Instant::now());
+            }
+            let grows = grew.is_some_and(|at| at.elapsed() < GROWTH);
+            let pause = if grows { LOOK_AT_GROWTH } else { LOOK };
             let left = next.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;

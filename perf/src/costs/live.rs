@@ -91,7 +91,9 @@ impl Logs {
         let window = window(guests, terms, pid, others)?;
         std::thread::sleep(LOG_IS_READ * 2);
         let pages = self.dirty_pages.load(Relaxed);
-        ensure!((pages > 0) == logs, "{pages} pages were logged");
+        // The bit by which the switch sees QEMU's rounds pass may be set once more after logging was stopped.
+        let own = self.logs.len() as u64;
+        ensure!(if logs { pages > own } else { pages <= own }, "{pages} pages were logged");
         Ok(window)
     }
 }
