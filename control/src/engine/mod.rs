@@ -90,7 +90,7 @@ pub trait Engine: Send {
     fn take_firewall_events(&mut self, out: &mut Vec<FirewallRecord>) -> u64;
     /// What is to be called about ten times a second, not under the daemon's lock.
     fn housekeeper(&self) -> Box<dyn Fn() + Send>;
-    /// What gets memory ready before traffic needs it. To be called every few milliseconds, not under the daemon's lock, and again within
+    /// What gets memory ready before traffic needs it. To be called some thirty times a second, not under the daemon's lock, and again within
     /// one if it returns true.
     fn provider(&self) -> Box<dyn Fn() -> bool + Send>;
     /// Walks a packet through every stage, as if it came from or went to `port`, without any effect.

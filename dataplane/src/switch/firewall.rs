@@ -397,7 +397,7 @@ impl<K: Kinds> Switch<K> {
         RuleLine::of(&rules.policy, event.rule?)
     }
 
-    /// Gets the memory of VMs' tables ready before traffic needs it. To be called every few milliseconds, not by a PMD thread, and again
+    /// Gets the memory of VMs' tables ready before traffic needs it. To be called some thirty times a second, not by a PMD thread, and again
     /// within one when it returns true: some table grows fast.
     pub fn provide_tables(&self) -> bool {
         self.vms().iter().fold(false, |any, vm| vm.map().populate_ahead() | any)
