@@ -14,6 +14,7 @@ pub mod enforce;
 pub mod firewall;
 pub mod frame;
 pub mod fuzzing;
+mod memory;
 pub mod offload;
 pub mod output;
 pub mod packet;

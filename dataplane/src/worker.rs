@@ -98,6 +98,8 @@ impl<K: Kinds> Worker<K> {
         let Parts { guard, forwarding, inbox, injected, clock, idle, counters, events } = parts;
         let stage = Stage::new(guard.index(), events);
         let now_ns = clock.now_ns();
+        let router = Router::new(stage);
+        router.provide();
         Self {
             guard,
             forwarding,
@@ -111,7 +113,7 @@ impl<K: Kinds> Worker<K> {
             private: RxBurst::new(),
             private_bytes: Vec::with_capacity(256 << 10),
             private_frames: Vec::with_capacity(256),
-            router: Router::new(stage),
+            router,
             sender: Sender::default(),
             now_ns,
             housekeeping_at_ns: now_ns,

@@ -10,6 +10,7 @@ use ferry_dataplane::clock::Clock;
 use ferry_dataplane::conntrack::{Connection, Cursor, TrackConfig};
 use ferry_dataplane::divert::Divert;
 use ferry_dataplane::enforce::{EventKind, VmId, VmOptions};
+use ferry_dataplane::firewall::limits::LimitsConfig;
 use ferry_dataplane::firewall::policy::{
     Action, Direction, PolicyDocument, PortPolicy, PortRange, Protocol, Rule, SecurityGroup,
 };
@@ -1009,6 +1010,23 @@ fn a_burst_is_judged_as_its_frames_one_by_one() {
         }
         if round % 4 == 3 {
             nets.iter().for_each(|net| net.later(if round % 40 == 39 { 31_000 } else { 200 }));
+        }
+        // Connections go, and others take their slots, which somebody may remember: they are not mistaken for them.
+        if random.one_in(3) {
+            let (vm, port) = (random.next() as usize % 2, random.pick(&[1000, 1001, 1002]));
+            for net in &nets {
+                let vm = net.switch.vm(net.vms[vm]).unwrap();
+                vm.flush(&|c| c.key.local_port % 3000 == port || c.key.remote_port % 3000 == port);
+            }
+        }
+        if random.one_in(50) {
+            let options = |capacity| VmOptions {
+                capacity,
+                limits: LimitsConfig { new_per_second: 0, ..VmOptions::named("a").limits },
+                ..VmOptions::named("a")
+            };
+            let capacity = random.pick(&[4096, 5000]);
+            nets.iter().for_each(|net| net.switch.update_vm(net.vms[0], options(capacity)).unwrap());
         }
     }
     assert!(arrived > 3000, "{arrived}");

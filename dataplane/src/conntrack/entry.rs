@@ -129,6 +129,18 @@ impl Notes {
     pub const fn assured(self) -> bool {
         self.status() & ASSURED != 0
     }
+    /// Allowed by the rules of a generation, heard of from both sides and assured, and not half-open to the limits: what is asked of an
+    /// entry by [`Self::is_settled`].
+    #[inline(always)]
+    pub const fn settled(generation: u32) -> u64 {
+        generation as u64 | (Decision::ALLOWED as u64) << 32 | ((SEEN_REPLY | ASSURED) as u64) << 56
+    }
+    /// All that [`Self::settled`] asks for, in one look.
+    #[inline(always)]
+    pub const fn is_settled(self, settled: u64) -> bool {
+        const ASKED: u64 = Notes::settled(u32::MAX) | (Decision::HALF_OPEN as u64) << 32;
+        self.0 & ASKED == settled
+    }
     /// As [`Connection::way`].
     #[inline(always)]
     pub const fn way(self, toward: Toward) -> Way {

@@ -253,6 +253,12 @@ impl Plain {
         self.talk.proto()
     }
 
+    /// Protocol and family.
+    #[inline(always)]
+    pub fn kind(&self) -> u16 {
+        (self.talk.0 >> 32) as u16
+    }
+
     /// Between the same addresses and ports, and so of the same connection.
     #[inline(always)]
     pub fn same_talk(&self, other: &Self) -> bool {

@@ -5,7 +5,7 @@
 //! under a claim that fails when anybody else has touched the entry since. What is written is what [`super::tracker`] would store, and
 //! the verdict is its verdict; in every other case nothing is touched, and it is asked.
 use super::config::TrackConfig;
-use super::entry::{Decision, Notes, Traffic, expiry, word};
+use super::entry::{Notes, Traffic, expiry, word};
 use super::key::{Toward, Way};
 use super::map::{ConnMap, KeyWords, Likely, Look};
 use super::plain::{Particulars, Plain};
@@ -19,6 +19,8 @@ use crate::packet::IpProto;
 pub(crate) struct Terms<'a> {
     /// Connections judged under another generation of the rules are to be judged again.
     pub(super) generation: u32,
+    /// What is asked of most entries: [`Notes::settled`].
+    settled: u64,
     /// How connections are tracked.
     pub config: &'a TrackConfig,
     pub now_ms: u64,
@@ -32,13 +34,14 @@ impl<'a> Terms<'a> {
     pub fn new(generation: u32, config: &'a TrackConfig, now_ms: u64) -> Self {
         let timeouts = &config.timeouts;
         let (stream_until, udp_until) = (expiry(now_ms, timeouts.udp_stream_ms), expiry(now_ms, timeouts.udp_ms));
-        Self { generation, config, now_ms, stream_until, udp_until }
+        Self { generation, settled: Notes::settled(generation), config, now_ms, stream_until, udp_until }
     }
 }
 
 /// Brings the connection of plain packets up to date, and says how many of them, from the first on, and what they are to it: these may
 /// pass. `None`, and nothing was changed: the first is not for the short way. `packet`: one of them, they are of one connection; `facts`:
-/// the packets, in order; `likely`: the slot where the entry with their `key` probably is, for [`ConnMap::note_bookkeeping`] to be told.
+/// the packets, in order; `likely`: the slot where the entry with their `key` probably is, for [`ConnMap::note_bookkeeping`] to be told;
+/// `dither`: a random number.
 #[expect(clippy::too_many_arguments, reason = "facts of one connection; inlined")]
 #[inline(always)]
 pub(crate) fn steady(
@@ -49,26 +52,31 @@ pub(crate) fn steady(
     facts: &[Particulars],
     key: &KeyWords,
     likely: Likely,
-    dither: u32,
+    dither: impl Fn() -> u32,
 ) -> Option<(usize, CtState)> {
     let look = map.look(likely, key)?;
     let notes = Notes(look.word::<{ word::NOTES }>());
-    if look.is_expired(terms.now_ms) || notes.policy_generation() != terms.generation || !notes.decision().allowed() {
+    if look.is_expired(terms.now_ms) {
         return None;
     }
-    let way = notes.way(toward);
+    let (way, is_settled) = (notes.way(toward), notes.is_settled(terms.settled));
     match packet.proto() {
-        IpProto::UDP => steady_udp(map, likely, &look, notes, way, terms, facts, dither),
-        _ => steady_tcp(&look, notes, way, terms, facts, dither),
+        IpProto::UDP if is_settled => {
+            count_datagrams(&look, way, terms.stream_until, facts, dither)?;
+            Some((facts.len(), CtState::Established))
+        }
+        IpProto::UDP => young_udp(map, likely, &look, notes, way, terms, facts, dither),
+        _ if is_settled => steady_tcp(&look, notes, way, terms, facts, dither),
+        _ => None,
     }
 }
 
 /// The word in which packets of a direction are counted, with these counted.
 #[inline(always)]
-fn counted(word: u64, packets: usize, bytes: u32, dither: u32) -> u64 {
+fn counted(word: u64, packets: usize, bytes: u32, dither: impl Fn() -> u32) -> u64 {
     match Traffic::exactly_plus(word, packets as u32, bytes) {
         Some(sum) => sum,
-        None => counted_scaled(word, packets, bytes, dither),
+        None => counted_scaled(word, packets, bytes, dither()),
     }
 }
 
@@ -78,36 +86,15 @@ fn counted_scaled(word: u64, packets: usize, bytes: u32, dither: u32) -> u64 {
     Traffic::from_word(word).plus(packets as u32, bytes, dither).to_word()
 }
 
-/// The limits count the connection as half-open, and it no longer is: they are to be told.
+/// Datagrams of an entry that expires then, if no more come.
 #[inline(always)]
-fn owes_limits(decision: Decision, half_open: bool) -> bool {
-    decision.counts_half_open() && !half_open
-}
-
-#[expect(clippy::too_many_arguments, reason = "as above")]
-#[inline(always)]
-fn steady_udp(
-    map: &ConnMap,
-    likely: Likely,
+fn count_datagrams(
     look: &Look<'_>,
-    notes: Notes,
     way: Way,
-    terms: &Terms<'_>,
+    until: u32,
     facts: &[Particulars],
-    dither: u32,
-) -> Option<(usize, CtState)> {
-    let (until, state) = match (notes.seen_reply(), notes.assured()) {
-        (true, true) if !owes_limits(notes.decision(), false) => (terms.stream_until, CtState::Established),
-        (false, _) if way == Way::Original => (terms.udp_until, CtState::New),
-        (true, false) if !owes_limits(notes.decision(), false) => {
-            let stream_from = look.word::<{ word::PROTOCOL }>() as u32;
-            if udp::has_lasted(stream_from, terms.now_ms as u32) {
-                return becomes_stream(map, likely, look, notes, way, terms, facts, dither);
-            }
-            (terms.udp_until, CtState::Established)
-        }
-        _ => return None,
-    };
+    dither: impl Fn() -> u32,
+) -> Option<()> {
     let bytes = match facts {
         [one] => one.ip_len,
         more => bytes_of(more),
@@ -117,6 +104,38 @@ fn steady_udp(
     let entry = look.claim(until)?;
     entry.put(traffic, sum);
     entry.commit();
+    Some(())
+}
+
+/// The same of an exchange that is not known to be a stream.
+#[expect(clippy::too_many_arguments, reason = "as above")]
+#[inline(always)]
+fn young_udp(
+    map: &ConnMap,
+    likely: Likely,
+    look: &Look<'_>,
+    notes: Notes,
+    way: Way,
+    terms: &Terms<'_>,
+    facts: &[Particulars],
+    dither: impl Fn() -> u32,
+) -> Option<(usize, CtState)> {
+    if notes.policy_generation() != terms.generation || !notes.decision().allowed() {
+        return None;
+    }
+    let state = match (notes.seen_reply(), notes.assured()) {
+        (false, _) if way == Way::Original => CtState::New,
+        // Otherwise the limits are to be told that it is open.
+        (true, false) if !notes.decision().counts_half_open() => {
+            let stream_from = look.word::<{ word::PROTOCOL }>() as u32;
+            if udp::has_lasted(stream_from, terms.now_ms as u32) {
+                return becomes_stream(map, likely, look, notes, way, terms, facts, dither());
+            }
+            CtState::Established
+        }
+        _ => return None,
+    };
+    count_datagrams(look, way, terms.udp_until, facts, dither)?;
     Some((facts.len(), state))
 }
 
@@ -135,7 +154,7 @@ fn becomes_stream(
     dither: u32,
 ) -> Option<(usize, CtState)> {
     let traffic = look.either::<{ word::ORIGINAL }, { word::REPLY }>(way == Way::Reply);
-    let sum = counted(traffic.read(), facts.len(), bytes_of(facts), dither);
+    let sum = counted(traffic.read(), facts.len(), bytes_of(facts), || dither);
     let entry = look.claim(terms.stream_until)?;
     entry.put(traffic, sum);
     entry.set::<{ word::NOTES }>(notes.with_assured().0);
@@ -156,14 +175,10 @@ fn steady_tcp(
     way: Way,
     terms: &Terms<'_>,
     facts: &[Particulars],
-    dither: u32,
+    dither: impl Fn() -> u32,
 ) -> Option<(usize, CtState)> {
     const P: usize = word::PROTOCOL;
-    if notes.state() != TcpState::Established as u8
-        || !notes.seen_reply()
-        || !notes.assured()
-        || owes_limits(notes.decision(), false)
-    {
+    if notes.state() != TcpState::Established as u8 {
         return None;
     }
     let is_reply = way == Way::Reply;
@@ -542,7 +557,7 @@ pub(crate) mod tests {
                     let likely = likely(short, &key);
                     let terms = Terms::new(generation, &config, now_ms);
                     let before: Vec<_> = entries(short);
-                    let found = steady(short, &terms, sent.toward, &plain, &[seen], &key, likely, dither);
+                    let found = steady(short, &terms, sent.toward, &plain, &[seen], &key, likely, || dither);
                     match found {
                         Some(_) => short.note_bookkeeping(&[likely]),
                         None => assert_eq!(before, entries(short), "changed, and left to others"),
@@ -629,7 +644,7 @@ pub(crate) mod tests {
                 let key = plain.key(sent.toward, 9);
                 let terms = Terms::new(GENERATION, &config, 2000);
                 let likely = likely(short, &key);
-                let found = steady(short, &terms, sent.toward, &plain, &[seen], &key, likely, dither);
+                let found = steady(short, &terms, sent.toward, &plain, &[seen], &key, likely, || dither);
                 assert_eq!(found, allowed.then_some((1, CtState::New)));
                 if allowed {
                     in_full(long, &config, &sent, dither, 2000, false);
@@ -694,7 +709,7 @@ pub(crate) mod tests {
                 let terms = Terms::new(GENERATION, &config, now_ms);
                 let ask = |map: &ConnMap, facts: &[Particulars]| {
                     let likely = likely(map, &key);
-                    let found = steady(map, &terms, toward, &train[0], facts, &key, likely, 7);
+                    let found = steady(map, &terms, toward, &train[0], facts, &key, likely, || 7);
                     if found.is_some() {
                         map.note_bookkeeping(&[likely]);
                     }

@@ -247,7 +247,8 @@ mod tests {
             let meta = burst.meta(0).unwrap();
             let sure = vouched || meta.offload.needs_csum || meta.offload.csum_valid;
             let sure = sure || plain.checksum_ok(head, have, || burst.body(0, have as u32));
-            let train = Train { first: 0, end: 1, is_plain, is_named: true, plain, near: prospect, far: prospect };
+            let (near, far) = (prospect, prospect);
+            let train = Train { first: 0, end: 1, is_plain, is_named: true, plain, near, far, ..Train::default() };
             let outcome = if quick.pass_some(station, VLAN, sure, &train, &[facts], 1) == 1 {
                 Some((Outcome::Pass, 0))
             } else {

@@ -11,8 +11,9 @@
 //! ```
 //!
 //! Reading order: [`vm`], [`port`], [`stage`] (the judgement), [`quick`] and [`middle`] (the same with less work, where it takes less),
-//! [`pending`] (frames that go on later), [`events`] (what operators are told), [`trace`](mod@trace) (one packet, step by step).
+//! [`flow_cache`] (where entries were found last), [`pending`] (frames that go on later), [`events`] (what operators are told), [`trace`](mod@trace) (one packet, step by step).
 pub mod events;
+pub(crate) mod flow_cache;
 pub(crate) mod hint;
 pub(crate) mod middle;
 pub(crate) mod pending;

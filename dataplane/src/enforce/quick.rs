@@ -5,6 +5,7 @@
 //! lets packets pass only where [`super::stage`] would, and leaves behind what it would; at anything else it stops and changes nothing.
 use arrayvec::ArrayVec;
 
+use super::flow_cache::FlowHash;
 use super::port::{FirewallCounters, PortFirewall};
 use super::vm::VmFirewall;
 use crate::conntrack::{
@@ -24,6 +25,18 @@ pub(crate) struct Prospect {
 impl Prospect {
     /// Not looked for.
     pub const NONE: Self = Self { whereabouts: Whereabouts::NONE, likely: Likely::NONE };
+
+    /// It was looked for in the table, not guessed.
+    #[inline(always)]
+    pub fn was_searched(&self) -> bool {
+        !self.whereabouts.is_none()
+    }
+
+    /// The slot where it probably is; no slot's number if nobody knows.
+    #[inline(always)]
+    pub fn slot(&self) -> u32 {
+        self.likely.slot()
+    }
 }
 
 impl Default for Prospect {
@@ -43,6 +56,8 @@ pub(crate) struct Train {
     pub is_named: bool,
     /// The first packet.
     pub plain: Plain,
+    /// What their connection goes by in the flow cache.
+    pub flow: FlowHash,
     /// Where their connection probably is in the table of the VM that they come from, and in that of the VM that they probably go to.
     pub near: Prospect,
     pub far: Prospect,
@@ -132,9 +147,23 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         }
     }
 
-    /// Looks again: the entry may have been made meanwhile.
+    /// Looks again: the entry may have been made meanwhile. A guess stays what it is.
     pub fn relocate(&self, prospect: &mut Prospect) {
-        prospect.likely = self.map.likely(prospect.whereabouts);
+        if !prospect.whereabouts.is_none() {
+            prospect.likely = self.map.likely(prospect.whereabouts);
+        }
+    }
+
+    /// In place of the first and second step, where somebody remembers the slot: fetches the entry.
+    #[inline(always)]
+    pub fn guess(&self, slot: u32) -> Prospect {
+        Prospect { whereabouts: Whereabouts::NONE, likely: self.map.prefetch_entry(slot) }
+    }
+
+    /// It is a guess where the entry is, and not a right one.
+    #[inline(always)]
+    pub fn is_wrong(&self, prospect: &Prospect, packet: &Plain, vlan: u16) -> bool {
+        prospect.whereabouts.is_none() && !self.map.is_there(prospect.likely, &self.key(packet, vlan))
     }
 
     /// The key of a packet.
@@ -192,16 +221,21 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         if self.verifies() && !verified {
             return (count, passed);
         }
-        // The table is told of all changes together, since it takes a memory fence. There are at most as many trains as frames.
-        let mut changed: ArrayVec<Likely, BURST> = ArrayVec::new();
+        // The table is told of all changes together, since it takes a memory fence. There are at most as many trains as frames. Tracking is
+        // not switched on for this thread before its next quiescent state.
+        let (is_tracking, mut changed) = (self.map.is_tracking(), ArrayVec::<Likely, BURST>::new());
+        // To the VM, whose frames they are does not depend on the packet.
+        if !EGRESS && trains.first().is_some_and(|first| !self.is_ours(station, &first.plain)) {
+            return (count, passed);
+        }
         for train in trains {
             let frames = train.frames();
-            if !train.is_plain || frames & !only != 0 || !self.is_ours(station, &train.plain) {
+            if !train.is_plain || frames & !only != 0 || EGRESS && !self.is_ours(station, &train.plain) {
                 break;
             }
             let Some(facts) = facts.get(usize::from(train.first)..usize::from(train.end)) else { break };
             let packets = self.pass_train(zone, train, facts, dither);
-            if packets != 0 {
+            if is_tracking && packets != 0 {
                 let _ = changed.try_push(Self::likely(train));
             }
             if packets != facts.len() {
@@ -246,7 +280,7 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
     #[inline(always)]
     fn pass_train(&mut self, zone: u16, train: &Train, facts: &[Particulars], dither: u32) -> usize {
         // Evenly distributed, another number for each train and end.
-        let dither = (u32::from(train.first) << 1 | u32::from(EGRESS)).wrapping_mul(0x9e37_79b9) ^ dither;
+        let dither = || (u32::from(train.first) << 1 | u32::from(EGRESS)).wrapping_mul(0x9e37_79b9) ^ dither;
         let key = train.plain.key(Self::TOWARD, zone);
         let likely = Self::likely(train);
         match steady(self.map, &self.terms, Self::TOWARD, &train.plain, facts, &key, likely, dither) {

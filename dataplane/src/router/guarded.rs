@@ -5,7 +5,8 @@
 //! tables are on their way while other trains are looked at: what each is ([`Passage::look_at`]), where its entries are
 //! ([`Passage::locate`]), what becomes of it ([`Passage::conduct`]). Plain packets take the short way ([`crate::enforce::quick`]), others
 //! whose headers have been read the middle one ([`crate::enforce::middle`]), all others [`crate::enforce::stage`]. What trains have in common
-//! that follow each other is found out once: see [`super::stretch`].
+//! that follow each other is found out once: see [`super::stretch`]. Where the entries are of connections that are in use, the flow cache
+//! remembers ([`crate::enforce::flow_cache`]).
 mod alone;
 mod known;
 mod memory;
@@ -18,14 +19,15 @@ use super::{Place, Recent, Router, Source, Target, accept_checksum, action, chec
 use crate::bridge::fdb::PortId;
 use crate::conntrack::{Layout, Particulars, Plain, is_whole, next_dither};
 use crate::counters::DropReason;
+use crate::enforce::flow_cache::Between;
 use crate::enforce::quick::{Quick, Train};
 use crate::frame::{BURST, RxBurst, SNAPSHOT_BYTES};
 use crate::offload::VlanAction;
 use crate::output::Sender;
 use crate::port::TxPort;
 
-/// Bursts of so many trains tell how many entries are not where they most probably are.
-const TELLING: usize = 8;
+/// Bursts in which so many trains are searched for tell how many entries are not where they most probably are.
+const TELLING: u32 = 8;
 
 /// The firewall of the output that was met last.
 struct Far<'a> {
@@ -69,6 +71,12 @@ struct Passage<'p, 'a, T> {
     near: Option<Quick<'a, true>>,
     far: Option<Far<'a>>,
     recent: Option<Recent>,
+    /// Trains of this burst of which the flow cache knew the connection, and frames of a stretch that passed the last firewall the short way.
+    guessed: u32,
+    swift: u64,
+    is_any_swift: bool,
+    /// There are trains of which it did not.
+    has_searched: bool,
 }
 
 impl Router {
@@ -86,7 +94,20 @@ impl Router {
         let mut memories = core::mem::take(&mut self.memories);
         let circumstances = Circumstances::new(source);
         let way = memories.recall(&circumstances, burst.head(0));
-        let mut passage = Passage { router: self, burst, sender, source, thread, near, far: None, recent: None };
+        let mut passage = Passage {
+            router: self,
+            burst,
+            sender,
+            source,
+            thread,
+            near,
+            far: None,
+            recent: None,
+            guessed: 0,
+            swift: 0,
+            is_any_swift: false,
+            has_searched: false,
+        };
         match way {
             Some(way) => {
                 passage.resume(way);
@@ -118,6 +139,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         for (stretch, range) in stretches.with_trains(count) {
             self.conduct(stretch, some.get_mut(range).unwrap_or_default());
         }
+        self.router.are_strangers = self.guessed == 0 && !self.is_any_swift;
     }
 
     /// First pass: what each frame is, and the buckets of the tables that it will be looked up in. Returns the number of trains. `first`:
@@ -250,71 +272,146 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         i
     }
 
-    /// Fetches the buckets of the tables that the connections of a stretch's trains will be looked up in.
+    /// Fetches from the flow cache what it has of the connections of a stretch's trains; or the buckets of the tables, where nobody expects
+    /// it to have anything.
     #[inline(never)]
     fn prepare(&mut self, stretch: &Stretch, trains: &mut [Train]) {
-        let vlan = stretch.place.vlan;
-        let far = match stretch.foretold {
-            Some(output) if face(&mut self.far, self.source, output, self.thread) => self.far.as_ref(),
-            _ => None,
-        };
-        let (near, far, both) = (self.near.as_ref(), far.map(|far| &far.quick), self.router.both_buckets);
+        let between = self.between(stretch);
+        let (flows, near, far) = (&self.router.flows, self.near.as_ref(), foretold(&self.far, stretch));
+        if self.router.are_strangers {
+            let (vlan, both) = (stretch.place.vlan, self.router.both_buckets);
+            return trains.iter_mut().for_each(|train| prepare(near, far, train, vlan, both));
+        }
         match (near, far) {
-            (Some(near), Some(far)) => {
-                for train in trains {
-                    let ends = near.ends(&train.plain);
-                    train.near = near.prepare(ends, &train.plain, vlan, both);
-                    train.far = far.prepare(ends.turned(), &train.plain, vlan, both);
-                }
-            }
-            (Some(near), None) => {
-                trains.iter_mut().for_each(|t| t.near = near.prepare(near.ends(&t.plain), &t.plain, vlan, both));
-            }
-            (None, Some(far)) => {
-                trains.iter_mut().for_each(|t| t.far = far.prepare(far.ends(&t.plain), &t.plain, vlan, both));
-            }
+            (Some(near), _) => trains.iter_mut().for_each(|train| {
+                train.flow = flows.prepare(near.ends(&train.plain), &train.plain, between);
+            }),
+            (None, Some(far)) => trains.iter_mut().for_each(|train| {
+                train.flow = flows.prepare(far.ends(&train.plain).turned(), &train.plain, between);
+            }),
             (None, None) => {}
         }
+    }
+
+    /// The firewalls between which the frames of a stretch go; that of the port that they will probably go to is met.
+    #[inline(always)]
+    fn between(&mut self, stretch: &Stretch) -> Between {
+        let far = stretch.foretold.filter(|&output| face(&mut self.far, self.source, output, self.thread));
+        Between::new(self.near.as_ref().map(|_| self.source.port.id), far, stretch.place.vlan)
     }
 
     /// Second pass: the tables' entries.
     #[inline(never)]
     fn locate(&mut self, stretches: &Stretches, trains: &mut [Train]) {
-        let count = trains.len();
-        let mut all_missing = 0;
+        let (count, mut searched) = (trains.len(), Searched::default());
         for (stretch, range) in stretches.with_trains(count) {
-            let far = match stretch.foretold {
-                Some(output) if face(&mut self.far, self.source, output, self.thread) => self.far.as_ref(),
-                _ => None,
-            };
-            let (near, far) = (self.near.as_ref(), far.map(|far| &far.quick));
             let trains = trains.get_mut(range).unwrap_or_default();
-            let mut missing = 0u64;
-            for (t, train) in trains.iter_mut().enumerate() {
-                if !train.is_named {
-                    continue;
-                }
-                let here = near.is_none_or(|near| near.locate(&mut train.near));
-                let there = far.is_none_or(|far| far.locate(&mut train.far));
-                missing |= u64::from(!(here && there)) << (t % BURST);
+            if self.router.are_strangers {
+                let named = trains.iter().enumerate().filter(|(_, train)| train.is_named);
+                let which = named.fold(0, |which, (t, _)| which | 1 << (t % BURST));
+                self.search(stretch, trains, which, &mut searched);
+                continue;
             }
-            all_missing += missing.count_ones();
-            while missing != 0 {
-                let t = missing.trailing_zeros() as usize;
-                missing &= missing - 1;
-                let Some(train) = trains.get_mut(t) else { break };
-                if let Some(near) = near {
-                    near.locate_again(&mut train.near);
+            let unknown = self.guess(stretch, trains);
+            if unknown != 0 {
+                self.has_searched = true;
+                let (near, far) = (self.near.as_ref(), foretold(&self.far, stretch));
+                let (vlan, both) = (stretch.place.vlan, self.router.both_buckets);
+                for t in each(unknown) {
+                    let Some(train) = trains.get_mut(t) else { break };
+                    prepare(near, far, train, vlan, both);
                 }
-                if let Some(far) = far {
-                    far.locate_again(&mut train.far);
-                }
+                self.search(stretch, trains, unknown, &mut searched);
             }
         }
         // In a full table many are where they less probably are, and new ones are in neither place.
-        if count >= TELLING {
-            self.router.both_buckets = all_missing as usize * 8 > count;
+        if searched.all >= TELLING {
+            self.router.both_buckets = searched.elsewhere * 8 > searched.all;
         }
+    }
+
+    /// Asks the flow cache about a stretch's trains. Returns a bit for each of those that it does not know.
+    #[inline(always)]
+    fn guess(&mut self, stretch: &Stretch, trains: &mut [Train]) -> u64 {
+        let between = self.between(stretch);
+        let (flows, near, far) = (&self.router.flows, self.near.as_ref(), foretold(&self.far, stretch));
+        let mut unknown = 0;
+        for (t, train) in trains.iter_mut().enumerate() {
+            if !train.is_named {
+                continue;
+            }
+            let Some([near_slot, far_slot]) = flows.find(train.flow, between) else {
+                unknown |= 1 << (t % BURST);
+                continue;
+            };
+            if let Some(near) = near {
+                train.near = near.guess(near_slot);
+            }
+            if let Some(far) = far {
+                train.far = far.guess(far_slot);
+            }
+            self.guessed += 1;
+        }
+        unknown
+    }
+
+    /// Finds the entries of some trains of a stretch in the tables, of which the buckets are on their way. `which`: a bit for each.
+    #[inline(never)]
+    fn search(&mut self, stretch: &Stretch, trains: &mut [Train], which: u64, searched: &mut Searched) {
+        let far = match stretch.foretold {
+            Some(output) if face(&mut self.far, self.source, output, self.thread) => self.far.as_ref(),
+            _ => None,
+        };
+        let (near, far) = (self.near.as_ref(), far.map(|far| &far.quick));
+        let mut missing = 0;
+        for t in each(which) {
+            let Some(train) = trains.get_mut(t) else { break };
+            let here = near.is_none_or(|near| near.locate(&mut train.near));
+            let there = far.is_none_or(|far| far.locate(&mut train.far));
+            missing |= u64::from(!(here && there)) << t;
+        }
+        for t in each(missing) {
+            let Some(train) = trains.get_mut(t) else { break };
+            if let Some(near) = near {
+                near.locate_again(&mut train.near);
+            }
+            if let Some(far) = far {
+                far.locate_again(&mut train.far);
+            }
+        }
+        searched.all += which.count_ones();
+        searched.elsewhere += missing.count_ones();
+    }
+
+    /// The first of these trains did not pass as known connections mostly do: was the flow cache wrong? Asked once (`checked`). True: it was
+    /// about some of them, and has been put right.
+    #[inline(always)]
+    fn doubt(&mut self, checked: &mut bool, stretch: &Stretch, trains: &mut [Train]) -> bool {
+        self.guessed != 0
+            && !core::mem::replace(checked, true)
+            && !trains.is_empty()
+            && self.check_guesses(stretch, trains)
+    }
+
+    /// Where the flow cache was wrong about trains of a stretch, asks the tables. False: it was not.
+    #[inline(never)]
+    fn check_guesses(&mut self, stretch: &Stretch, trains: &mut [Train]) -> bool {
+        let (near, far, vlan) = (self.near.as_ref(), foretold(&self.far, stretch), stretch.place.vlan);
+        let mut wrong = 0u64;
+        for (t, train) in trains.iter_mut().enumerate() {
+            let is_wrong_near = near.is_some_and(|near| near.is_wrong(&train.near, &train.plain, vlan));
+            let is_wrong_far = far.is_some_and(|far| far.is_wrong(&train.far, &train.plain, vlan));
+            if train.is_named && (is_wrong_near || is_wrong_far) {
+                wrong |= 1 << (t % BURST);
+                self.router.flows.forget(train.flow);
+                prepare(near, far, train, vlan, false);
+            }
+        }
+        for t in each(wrong) {
+            let Some(train) = trains.get_mut(t) else { break };
+            relocate(near, far, train);
+        }
+        wrong != 0
     }
 
     /// Third pass: past the sender's firewall, and past that of the output.
@@ -324,19 +421,46 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         if exit.is_guarded {
             frames = self.arrive(stretch, exit.output, trains, frames);
         }
+        if self.swift != 0 {
+            self.is_any_swift = true;
+            if self.has_searched {
+                self.learn(stretch, trains);
+            }
+        }
         if frames != 0 {
             self.router.push(exit.output, frames, exit.action);
         }
     }
 
+    /// Tells the flow cache of the connections of trains that it did not know. Only of those that are established: of others there are
+    /// often few more packets, as where somebody opens one after the other.
+    #[inline(never)]
+    fn learn(&mut self, stretch: &Stretch, trains: &[Train]) {
+        if stretch.foretold.is_some() && foretold(&self.far, stretch).is_none() {
+            return;
+        }
+        let between = self.between(stretch);
+        let (near, far) = (self.near.as_ref(), foretold(&self.far, stretch));
+        for train in trains.iter().filter(|train| train.frames() & self.swift != 0) {
+            let was_searched =
+                near.is_some_and(|_| train.near.was_searched()) || far.is_some_and(|_| train.far.was_searched());
+            if was_searched {
+                let slots = [near.map_or(0, |_| train.near.slot()), far.map_or(0, |_| train.far.slot())];
+                self.router.flows.learn(train.flow, between, slots);
+            }
+        }
+    }
+
     /// Past the sender's firewall, if there is one. Returns a bit for each frame that may go on.
     fn leave(&mut self, stretch: &Stretch, trains: &mut [Train]) -> u64 {
-        let (mut left, mut next, mut alike) = (0, 0, false);
+        let (mut left, mut next, mut alike, mut checked) = (0, 0, false, false);
+        self.swift = 0;
         let (link, vlan, verified, dither) =
             (stretch.place.link, stretch.place.vlan, stretch.verify, self.router.dither);
         while let Some(rest) = trains.get_mut(next..).filter(|rest| !rest.is_empty()) {
             if alike || rest.first().is_some_and(|first| !first.is_plain) {
                 alike = false;
+                self.doubt(&mut checked, stretch, rest);
                 let known = self.leave_known(stretch, rest, &mut left);
                 next += known;
                 if known != 0 {
@@ -348,7 +472,14 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             // What follows one that does not pass so may well be of its kind.
             alike = true;
             left |= passed;
+            self.swift |= passed;
             next += count + 1;
+            if self.doubt(&mut checked, stretch, rest.get_mut(count..).unwrap_or_default())
+                && has_not_begun(rest, count, passed)
+            {
+                (next, alike) = (next - 1, false);
+                continue;
+            }
             let Some(train) = rest.get_mut(count) else { break };
             // The first packet that does not pass so is judged by itself; those behind it may pass then.
             let end = usize::from(train.end);
@@ -424,7 +555,8 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
 
     /// Past the firewall of the output, which was met last. `frames`: a bit for each that wants to; returns those that may.
     fn arrive(&mut self, stretch: &Stretch, output: PortId, trains: &mut [Train], frames: u64) -> u64 {
-        let (mut entered, mut next, mut alike) = (0, 0, false);
+        let (mut entered, mut next, mut alike, mut checked) = (0, 0, false, false);
+        self.swift = 0;
         let (link, vlan, verified, dither) =
             (stretch.place.link, stretch.place.vlan, stretch.verify, self.router.dither);
         if let Some(Far { quick, .. }) = &self.far
@@ -435,6 +567,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         while let Some(rest) = trains.get_mut(next..).filter(|rest| !rest.is_empty()) {
             if alike || rest.first().is_some_and(|first| !first.is_plain) {
                 alike = false;
+                self.doubt(&mut checked, stretch, rest);
                 let known = self.arrive_known(stretch, output, rest, frames, &mut entered);
                 next += known;
                 if known != 0 {
@@ -445,7 +578,14 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             let (count, passed) = quick.pass(link.dst, vlan, verified, rest, &self.router.facts, frames, dither);
             alike = true;
             entered |= passed;
+            self.swift |= passed;
             next += count + 1;
+            if self.doubt(&mut checked, stretch, rest.get_mut(count..).unwrap_or_default())
+                && has_not_begun(rest, count, passed)
+            {
+                (next, alike) = (next - 1, false);
+                continue;
+            }
             let Some(train) = rest.get_mut(count) else { break };
             // As on the way out.
             let end = usize::from(train.end);
@@ -490,13 +630,69 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
         passes
     }
 
-    fn settle(&self) {
+    fn settle(&mut self) {
+        self.router.flows.note_known(self.guessed);
         if let Some(near) = &self.near {
             near.settle();
         }
         if let Some(far) = &self.far {
             far.quick.settle();
         }
+    }
+}
+
+/// Trains whose connections the flow cache did not know.
+#[derive(Default)]
+struct Searched {
+    /// All that were searched.
+    all: u32,
+    /// Those of which an entry is not where it most probably would be, or nowhere.
+    elsewhere: u32,
+}
+
+/// The bits that are set.
+fn each(mut bits: u64) -> impl Iterator<Item = usize> {
+    core::iter::from_fn(move || {
+        let next = bits.trailing_zeros() as usize;
+        (bits != 0).then(|| bits &= bits - 1).map(|()| next)
+    })
+}
+
+/// The firewall of the port that the frames of a stretch will probably go to, if it is the one that was met last.
+#[inline(always)]
+fn foretold<'f, 'a>(far: &'f Option<Far<'a>>, stretch: &Stretch) -> Option<&'f Quick<'a, false>> {
+    far.as_ref().filter(|far| stretch.foretold == Some(far.output)).map(|far| &far.quick)
+}
+
+/// First step of a search for a train's entries in the tables: fetches the buckets.
+#[inline(always)]
+fn prepare(near: Option<&Quick<'_, true>>, far: Option<&Quick<'_, false>>, train: &mut Train, vlan: u16, both: bool) {
+    match (near, far) {
+        (Some(near), Some(far)) => {
+            let ends = near.ends(&train.plain);
+            train.near = near.prepare(ends, &train.plain, vlan, both);
+            train.far = far.prepare(ends.turned(), &train.plain, vlan, both);
+        }
+        (Some(near), None) => train.near = near.prepare(near.ends(&train.plain), &train.plain, vlan, both),
+        (None, Some(far)) => train.far = far.prepare(far.ends(&train.plain), &train.plain, vlan, both),
+        (None, None) => {}
+    }
+}
+
+/// None of the frames of train `t` is among those that passed.
+#[inline(always)]
+fn has_not_begun(trains: &[Train], t: usize, passed: u64) -> bool {
+    trains.get(t).is_some_and(|train| train.frames() & passed == 0)
+}
+
+/// All other steps of it, for a train.
+#[inline(always)]
+fn relocate(near: Option<&Quick<'_, true>>, far: Option<&Quick<'_, false>>, train: &mut Train) {
+    if let Some(near) = near {
+        near.relocate(&mut train.near);
+    }
+    if let Some(far) = far {
+        far.relocate(&mut train.far);
     }
 }
 

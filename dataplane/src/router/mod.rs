@@ -10,6 +10,7 @@ use crate::bridge::vlan::Egress;
 use crate::bridge::{BridgeEntry, Forwarding, PortEntry};
 use crate::conntrack::{Layout, Particulars, Plain, Toward};
 use crate::counters::DropReason;
+use crate::enforce::flow_cache::FlowCache;
 use crate::enforce::pending::{Next, PendingFrame};
 use crate::enforce::quick::Train;
 use crate::enforce::stage::{End, Outcome, Stage};
@@ -34,6 +35,9 @@ pub(crate) struct Router {
     stretches: Stretches,
     facts: Box<[Particulars; BURST]>,
     memories: Memories,
+    flows: FlowCache,
+    /// In the last burst, no connection was one that the flow cache knows, or is to know: it need not be asked.
+    are_strangers: bool,
     /// Many entries have lately been in the second of their buckets: both are to be fetched.
     both_buckets: bool,
     dither: u32,
@@ -184,9 +188,16 @@ impl Router {
             stretches: Stretches::new(),
             facts: Box::new([Particulars::default(); BURST]),
             memories: Memories::new(),
+            flows: FlowCache::new(),
+            are_strangers: false,
             both_buckets: false,
             dither: 0x9e37_79b9,
         }
+    }
+
+    /// Backs with memory what no packet is to wait for.
+    pub fn provide(&self) {
+        self.flows.provide();
     }
 
     /// Takes the burst from snapshot to batches; what is left is to send them ([`Self::send`], by the picture that is returned, if any),

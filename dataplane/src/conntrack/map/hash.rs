@@ -28,6 +28,13 @@ impl Ends {
     pub const fn turned(self) -> Self {
         Self(self.1, self.0)
     }
+
+    /// A hash of the ends and of `rest`, under two secrets of whoever asks.
+    #[inline(always)]
+    pub fn hash(self, rest: u64, [k0, k1]: [u64; 2]) -> u64 {
+        let Self(own, other) = self;
+        fold(own.wrapping_add(other.rotate_left(32)) ^ k0, rest ^ k1)
+    }
 }
 
 /// Hashes a key under secrets of the process and of the map.
@@ -69,9 +76,8 @@ impl Hasher {
 
     /// The hash of a key with these ends, of which `rest` is the last word. All 64 bits are usable.
     #[inline(always)]
-    pub fn whole(&self, Ends(own, other): Ends, rest: u64) -> u64 {
-        let [k0, k1] = self.own;
-        fold(own.wrapping_add(other.rotate_left(32)) ^ k0, (rest >> 32) ^ k1)
+    pub fn whole(&self, ends: Ends, rest: u64) -> u64 {
+        ends.hash(rest >> 32, self.own)
     }
 
     /// A key's hash.

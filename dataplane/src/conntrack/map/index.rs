@@ -6,8 +6,8 @@
 #![allow(unsafe_code)] // Its job: comparing a bucket's words in vector registers.
 use std::io;
 
-use super::memory::{Memory, Zeroed};
 use super::sync::{AtomicU32, Ordering};
+use crate::memory::{Memory, Zeroed, prefetch};
 
 /// Places in a bucket.
 #[cfg(not(loom))]
@@ -243,18 +243,6 @@ fn is_roomy(left: u32) -> bool {
     // Counting all of them takes more, where there is no instruction for it.
     let without_lowest = |bits: u32, _| bits & bits.wrapping_sub(1);
     (1..ROOMY).fold(left, without_lowest) != 0
-}
-
-/// Fetches a value's first cache line.
-#[inline]
-pub(super) fn prefetch<T>(value: &T) {
-    let _ = value;
-    #[cfg(target_arch = "x86_64")]
-    {
-        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: prefetch has no architectural effect whatever the address.
-        unsafe { _mm_prefetch(core::ptr::from_ref(value).cast::<i8>(), _MM_HINT_T0) };
-    }
 }
 
 /// Bit n is set when place n has this tag; for tag 0, when it is empty.

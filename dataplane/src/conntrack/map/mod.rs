@@ -25,7 +25,6 @@ mod evict;
 mod handle;
 mod hash;
 mod index;
-mod memory;
 mod meta;
 mod observer;
 #[cfg(any(test, feature = "testing"))]
@@ -53,10 +52,11 @@ pub use stats::MapStats;
 use super::entry::Connection;
 use super::key::Key;
 use super::table::{Change, InsertError, Stored};
+use crate::memory::prefetch;
 use dirty::{Dirty, Marks};
 pub(crate) use hash::Ends;
 use hash::Hasher;
-use index::{Index, Places, Position, prefetch};
+use index::{Index, Places, Position};
 use meta::{Meta, State, newest, next};
 use slab::{SHARDS, Slab};
 use slot::Busy;
@@ -153,6 +153,12 @@ pub(crate) struct Whereabouts(u64);
 impl Whereabouts {
     /// Nowhere in particular.
     pub(crate) const NONE: Self = Self(0);
+
+    /// Nobody has asked yet. Where a key's hash is 0, nobody ever seems to have.
+    #[inline(always)]
+    pub(crate) const fn is_none(self) -> bool {
+        self.0 == 0
+    }
 }
 
 /// The slot in which a key's entry probably is, if anywhere.
@@ -162,6 +168,12 @@ pub(crate) struct Likely(u32);
 impl Likely {
     /// None.
     pub(crate) const NONE: Self = Self(u32::MAX);
+
+    /// The slot's number.
+    #[inline(always)]
+    pub(crate) const fn slot(self) -> u32 {
+        self.0
+    }
 }
 
 /// Places in which a key was not found.
@@ -351,13 +363,20 @@ impl ConnMap {
         }
     }
 
+    /// In place of the second step: fetches the entry in a slot of which somebody remembers that it was the key's.
     #[inline(always)]
-    fn prefetch_entry(&self, number: u32) -> Likely {
+    pub(crate) fn prefetch_entry(&self, number: u32) -> Likely {
         if let Some(slot) = self.slab.slot(number) {
             prefetch(slot);
             slot.prefetch_second();
         }
         Likely(number)
+    }
+
+    /// The slot has this key's entry, and nobody is changing it.
+    #[inline(always)]
+    pub(crate) fn is_there(&self, likely: Likely, key: &KeyWords) -> bool {
+        self.look(likely, key).is_some()
     }
 
     /// Key `words`' entry in a slot that is probably its.
@@ -430,8 +449,13 @@ impl ConnMap {
     }
 
     /// The key that is to be looked for at `whereabouts` is in no slot, or was not a moment ago: [`Self::fill`] need not look first.
+    /// `None` also where nobody has asked for its whereabouts.
     #[inline(always)]
-    pub(crate) fn vacancy(&self, Whereabouts(hash): Whereabouts, key: &KeyWords) -> Option<Vacancy> {
+    pub(crate) fn vacancy(&self, whereabouts: Whereabouts, key: &KeyWords) -> Option<Vacancy> {
+        if whereabouts.is_none() {
+            return None;
+        }
+        let Whereabouts(hash) = whereabouts;
         let places = self.index.places(hash);
         (self.index.is_nowhere(&places, None) || matches!(self.rival(&places, key, None), Ok(None)))
             .then_some(Vacancy(places))

@@ -8,9 +8,9 @@ use std::io;
 
 use crossbeam::utils::CachePadded;
 
-use super::memory::{Memory, Zeroed};
 use super::slot::Slot;
 use super::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::memory::{Memory, Zeroed};
 
 /// Stacks, and sets of counters.
 #[cfg(not(loom))]

@@ -298,15 +298,15 @@ impl Slot {
     #[inline]
     pub fn prefetch_rest(&self) {
         let [.., last] = &self.rest;
-        super::index::prefetch(&self.meta);
-        super::index::prefetch(last);
+        crate::memory::prefetch(&self.meta);
+        crate::memory::prefetch(last);
     }
 
     /// Fetches the cache line behind the first: with it, all that most packets need.
     #[inline(always)]
     pub fn prefetch_second(&self) {
         let [_, second, ..] = &self.rest;
-        super::index::prefetch(second);
+        crate::memory::prefetch(second);
     }
 
     /// The free slot after this one in a free list.

@@ -1,7 +1,7 @@
 //! Bursts of one frame: nothing takes turns with other trains, and whoever sends so waits for the answer.
 use super::super::{check_offload, owes_work};
-use super::Passage;
 use super::memory::Memory;
+use super::{Passage, prepare, relocate};
 use crate::counters::DropReason;
 use crate::enforce::quick::Train;
 use crate::port::TxPort;
@@ -18,25 +18,10 @@ impl<T: TxPort> Passage<'_, '_, T> {
         let [train] = trains else { return };
         let (near, far) = (self.near.as_ref(), self.far.as_ref().filter(|_| way.exit.is_guarded));
         if train.is_named {
-            let (packet, vlan, both) = (&train.plain, stretch.place.vlan, self.router.both_buckets);
-            match (near, far) {
-                (Some(near), Some(far)) => {
-                    let ends = near.ends(packet);
-                    train.near = near.prepare(ends, packet, vlan, both);
-                    train.far = far.quick.prepare(ends.turned(), packet, vlan, both);
-                    near.relocate(&mut train.near);
-                    far.quick.relocate(&mut train.far);
-                }
-                (Some(near), None) => {
-                    train.near = near.prepare(near.ends(packet), packet, vlan, both);
-                    near.relocate(&mut train.near);
-                }
-                (None, Some(far)) => {
-                    train.far = far.quick.prepare(far.quick.ends(packet), packet, vlan, both);
-                    far.quick.relocate(&mut train.far);
-                }
-                (None, None) => {}
-            }
+            // Not by way of the flow cache: whoever has to wait for one cache line waits for no other.
+            let far = far.map(|far| &far.quick);
+            prepare(near, far, train, stretch.place.vlan, self.router.both_buckets);
+            relocate(near, far, train);
         }
         self.conduct_alone(way, train);
     }

@@ -1,15 +1,27 @@
-//! Zeroed memory for a table: reserved at once, backed with pages when they are needed or a little before.
-#![allow(unsafe_code)] // Its job: typed arrays in anonymous mappings.
+//! Zeroed memory for a table: reserved at once, backed with pages when they are needed or a little before, and fetched into the cache.
+#![allow(unsafe_code)] // Its job: typed arrays in anonymous mappings, and prefetching.
 use core::ptr::NonNull;
 use std::io;
 
 use memmap2::{Advice, MmapMut};
 
+/// Fetches a value's first cache line.
+#[inline(always)]
+pub(crate) fn prefetch<T>(value: &T) {
+    let _ = value;
+    #[cfg(target_arch = "x86_64")]
+    {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: prefetch has no architectural effect whatever the address.
+        unsafe { _mm_prefetch(core::ptr::from_ref(value).cast::<i8>(), _MM_HINT_T0) };
+    }
+}
+
 /// Types for which zeroed memory is a value.
 ///
 /// # Safety
 /// All bytes zero must be a valid value, and the type must not need dropping.
-pub(super) unsafe trait Zeroed: Default {}
+pub(crate) unsafe trait Zeroed: Default {}
 
 /// Below this many bytes the heap does.
 const MAP_FROM_BYTES: usize = 1 << 20;
@@ -17,7 +29,7 @@ const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
 
 /// A fixed array of shared values. Large ones are mapped, so that they cost nothing before they are touched.
-pub(super) struct Memory<T: Zeroed> {
+pub(crate) struct Memory<T: Zeroed> {
     base: NonNull<T>,
     len: usize,
     /// `None`: `base` is a leaked box.
@@ -109,8 +121,8 @@ impl<T: Zeroed> Drop for Memory<T> {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use super::super::slot::Slot;
-    use super::super::sync::{AtomicU64, Ordering};
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use super::*;
 
     #[derive(Default)]
@@ -141,6 +153,6 @@ mod tests {
                 assert_eq!(w.0.load(Ordering::Relaxed), n as u64 + 1);
             }
         }
-        assert!(Memory::<Slot>::new(usize::MAX / 2).is_err());
+        assert!(Memory::<Word>::new(usize::MAX / 2).is_err());
     }
 }
