@@ -132,10 +132,12 @@ impl Move {
     /// Goes on after the pause before the switch-over.
     ///
     /// # Errors
-    /// When QEMU refuses.
+    /// When QEMU refuses, or does not go on.
     pub fn resume(&mut self) -> Result<()> {
         self.wait_status("pre-switchover")?;
-        self.from.execute("migrate-continue", json!({"state": "pre-switchover"})).map(drop)
+        self.from.execute("migrate-continue", json!({"state": "pre-switchover"}))?;
+        // The command has been answered before the migration's thread wakes up.
+        wait::until("the end of the pause", PATIENCE, || self.query().is_ok_and(|s| s["status"] != "pre-switchover"))
     }
 
     /// Lets QEMU end the migration now: any downtime will do.
