@@ -2,8 +2,9 @@
 //!
 //! A place says that packets with some 15 bits of a hash between two ports have their entries in these slots of the two tables (as the
 //! signature match cache of OVS says which flow such packets have). It is a guess: who follows it compares the connection's key, which is
-//! in the entry, and asks the tables if the guess was wrong. Both directions of a connection share a place. Each PMD thread has its own cache, that grows while connections often make room for others, up to [`MOST_SETS`], and
-//! now and then tries a smaller one: what is spread over less memory is in the processor's cache more often.
+//! in the entry, and asks the tables if the guess was wrong. Both directions of a connection share a place. Each PMD thread has its own
+//! cache, that grows while connections often make room for others, up to [`MOST_SETS`], and now and then tries a smaller one: what is
+//! spread over less memory is in the processor's cache more often.
 #![allow(unsafe_code)] // States a fact.
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
