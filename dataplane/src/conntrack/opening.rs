@@ -14,6 +14,7 @@ use super::key::{Flow, Key, Toward, V6, Way};
 use super::map::{ConnMap, EntryWords, KeyWords, Likely, Look};
 use super::plain::{Particulars, Plain};
 use super::steady::Terms;
+use super::table::Change;
 use super::tcp::{self, Move, TcpState};
 use super::udp;
 use crate::frame::SNAPSHOT_BYTES;
@@ -234,7 +235,9 @@ impl Known<'_> {
             notes = notes.with_decision(notes.decision().opened());
         }
         let traffic = self.counted::<TRAFFIC>();
-        let entry = self.look.claim(expiry(self.terms.now_ms, after.timeout_ms))?;
+        let change = if semantic || opened.is_some() { Change::Semantic } else { Change::Bookkeeping };
+        let until = expiry(self.terms.now_ms, after.timeout_ms);
+        let entry = self.map.claim(self.likely, self.look, until, change)?;
         let [a, b, c, d, e, f, g, h, i, j, k, l] = after.words;
         entry.set::<P>(pair(a, b));
         entry.set::<{ P + 1 }>(pair(c, d));
@@ -245,11 +248,6 @@ impl Known<'_> {
         entry.set::<TRAFFIC>(traffic);
         entry.set::<{ word::NOTES }>(notes.0);
         entry.commit();
-        if semantic || opened.is_some() {
-            self.map.note_semantic(self.likely);
-        } else {
-            self.map.note_bookkeeping(&[self.likely]);
-        }
         Some(Progress { opened, is_reply: self.way == Way::Reply })
     }
 
@@ -262,11 +260,10 @@ impl Known<'_> {
         let opened = self.opened(false);
         let notes = self.notes.with_seen_reply().with_decision(self.notes.decision().opened());
         let traffic = self.counted::<{ word::REPLY }>();
-        let entry = self.look.claim(self.terms.udp_until)?;
+        let entry = self.map.claim(self.likely, self.look, self.terms.udp_until, Change::Semantic)?;
         entry.set::<{ word::REPLY }>(traffic);
         entry.set::<{ word::NOTES }>(notes.0);
         entry.commit();
-        self.map.note_semantic(self.likely);
         Some(Progress { opened, is_reply: true })
     }
 }

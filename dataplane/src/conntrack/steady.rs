@@ -7,12 +7,12 @@
 use super::config::TrackConfig;
 use super::entry::{Notes, Traffic, expiry, word};
 use super::key::{Toward, Way};
-use super::map::{ConnMap, KeyWords, Likely, Look};
-use super::plain::{Particulars, Plain};
+use super::map::{Amend, ConnMap, KeyWords, Likely, Look, Word};
+use super::plain::Particulars;
+use super::table::Change;
 use super::tcp::TcpState;
 use super::tcp_run::{Run, Words};
 use super::{CtState, udp};
-use crate::packet::IpProto;
 
 /// What holds for all packets that one port judges in a burst.
 #[derive(Clone, Copy)]
@@ -39,16 +39,13 @@ impl<'a> Terms<'a> {
 }
 
 /// Brings the connection of plain packets up to date, and says how many of them, from the first on, and what they are to it: these may
-/// pass. `None`, and nothing was changed: the first is not for the short way. `packet`: one of them, they are of one connection; `facts`:
-/// the packets, in order; `likely`: the slot where the entry with their `key` probably is, for [`ConnMap::note_bookkeeping`] to be told;
-/// `dither`: a random number.
-#[expect(clippy::too_many_arguments, reason = "facts of one connection; inlined")]
+/// pass. `None`, and nothing was changed: the first is not for the short way. `UDP`: they are datagrams, else segments of TCP; `facts`:
+/// the packets, of one connection and in order; `likely`: the slot where the entry with their `key` probably is; `dither`: a random number.
 #[inline(always)]
-pub(crate) fn steady(
+pub(crate) fn steady<const UDP: bool>(
     map: &ConnMap,
     terms: &Terms<'_>,
     toward: Toward,
-    packet: &Plain,
     facts: &[Particulars],
     key: &KeyWords,
     likely: Likely,
@@ -60,14 +57,15 @@ pub(crate) fn steady(
         return None;
     }
     let (way, is_settled) = (notes.way(toward), notes.is_settled(terms.settled));
-    match packet.proto() {
-        IpProto::UDP if is_settled => {
-            count_datagrams(&look, way, terms.stream_until, facts, dither)?;
+    let found = Found { map, likely, look, notes, way, terms };
+    match (UDP, is_settled) {
+        (true, true) => {
+            found.count_datagrams(terms.stream_until, facts, dither)?;
             Some((facts.len(), CtState::Established))
         }
-        IpProto::UDP => young_udp(map, likely, &look, notes, way, terms, facts, dither),
-        _ if is_settled => steady_tcp(&look, notes, way, terms, facts, dither),
-        _ => None,
+        (true, false) => found.young_udp(facts, dither),
+        (false, true) => found.segments(facts, dither),
+        (false, false) => None,
     }
 }
 
@@ -86,154 +84,161 @@ fn counted_scaled(word: u64, packets: usize, bytes: u32, dither: u32) -> u64 {
     Traffic::from_word(word).plus(packets as u32, bytes, dither).to_word()
 }
 
-/// Datagrams of an entry that expires then, if no more come.
-#[inline(always)]
-fn count_datagrams(
-    look: &Look<'_>,
-    way: Way,
-    until: u32,
-    facts: &[Particulars],
-    dither: impl Fn() -> u32,
-) -> Option<()> {
-    let bytes = match facts {
-        [one] => one.ip_len,
-        more => bytes_of(more),
-    };
-    let traffic = look.either::<{ word::ORIGINAL }, { word::REPLY }>(way == Way::Reply);
-    let sum = counted(traffic.read(), facts.len(), bytes, dither);
-    let entry = look.claim(until)?;
-    entry.put(traffic, sum);
-    entry.commit();
-    Some(())
-}
-
-/// The same of an exchange that is not known to be a stream.
-#[expect(clippy::too_many_arguments, reason = "as above")]
-#[inline(always)]
-fn young_udp(
-    map: &ConnMap,
-    likely: Likely,
-    look: &Look<'_>,
-    notes: Notes,
-    way: Way,
-    terms: &Terms<'_>,
-    facts: &[Particulars],
-    dither: impl Fn() -> u32,
-) -> Option<(usize, CtState)> {
-    if notes.policy_generation() != terms.generation || !notes.decision().allowed() {
-        return None;
-    }
-    let state = match (notes.seen_reply(), notes.assured()) {
-        (false, _) if way == Way::Original => CtState::New,
-        // Otherwise the limits are to be told that it is open.
-        (true, false) if !notes.decision().counts_half_open() => {
-            let stream_from = look.word::<{ word::PROTOCOL }>() as u32;
-            if udp::has_lasted(stream_from, terms.now_ms as u32) {
-                return becomes_stream(map, likely, look, notes, way, terms, facts, dither());
-            }
-            CtState::Established
-        }
-        _ => return None,
-    };
-    count_datagrams(look, way, terms.udp_until, facts, dither)?;
-    Some((facts.len(), state))
-}
-
-/// The exchange is a stream from these packets on: once for each, and for all at much the same time where many were opened together.
-#[expect(clippy::too_many_arguments, reason = "as above")]
-#[cold]
-#[inline(never)]
-fn becomes_stream(
-    map: &ConnMap,
-    likely: Likely,
-    look: &Look<'_>,
-    notes: Notes,
-    way: Way,
-    terms: &Terms<'_>,
-    facts: &[Particulars],
-    dither: u32,
-) -> Option<(usize, CtState)> {
-    let traffic = look.either::<{ word::ORIGINAL }, { word::REPLY }>(way == Way::Reply);
-    let sum = counted(traffic.read(), facts.len(), bytes_of(facts), || dither);
-    let entry = look.claim(terms.stream_until)?;
-    entry.put(traffic, sum);
-    entry.set::<{ word::NOTES }>(notes.with_assured().0);
-    entry.commit();
-    map.note_semantic(likely);
-    Some((facts.len(), CtState::Established))
-}
-
 #[inline(never)]
 fn bytes_of(facts: &[Particulars]) -> u32 {
     facts.iter().fold(0, |bytes, facts| bytes.wrapping_add(facts.ip_len))
 }
 
-#[inline(always)]
-fn steady_tcp(
-    look: &Look<'_>,
+/// The entry of packets that go this way, as it was looked at. Handed over by value to what is not inlined, so that its parts stay in
+/// registers elsewhere.
+#[derive(Clone, Copy)]
+struct Found<'a, 't> {
+    map: &'a ConnMap,
+    likely: Likely,
+    look: Look<'a>,
     notes: Notes,
     way: Way,
-    terms: &Terms<'_>,
-    facts: &[Particulars],
-    dither: impl Fn() -> u32,
-) -> Option<(usize, CtState)> {
-    const P: usize = word::PROTOCOL;
-    if notes.state() != TcpState::Established as u8 {
-        return None;
+    terms: &'t Terms<'t>,
+}
+
+impl<'a> Found<'a, '_> {
+    /// The entry as the caller's alone, which expires then if no more packets come.
+    #[inline(always)]
+    fn claim(&self, until: u32, change: Change) -> Option<Amend<'a>> {
+        self.map.claim(self.likely, self.look, until, change)
     }
-    let is_reply = way == Way::Reply;
-    // The words of who sends these segments, and of who receives them. Written out: iterators over them cost more than they do.
-    let (ends, windows) = (look.either::<P, { P + 2 }>(is_reply), look.either::<{ P + 1 }, { P + 3 }>(is_reply));
-    let (other_ends, other_windows) =
-        (look.either::<{ P + 2 }, P>(is_reply), look.either::<{ P + 3 }, { P + 1 }>(is_reply));
-    let words = Words {
-        sender: [ends.read(), windows.read()],
-        receiver: [other_ends.read(), other_windows.read()],
-        last: [look.word::<{ P + 4 }>(), look.word::<{ P + 5 }>()],
-    };
-    let mut run = Run::new(words, notes.retrans(), way)?;
-    let (mut packets, mut bytes) = (0, 0u32);
-    for facts in facts {
-        if !run.take(facts) {
-            break;
+
+    /// The word that counts these packets, and what it has after them.
+    #[inline(always)]
+    fn count(&self, packets: usize, bytes: u32, dither: impl Fn() -> u32) -> (Word<'a>, u64) {
+        let traffic = self.look.either::<{ word::ORIGINAL }, { word::REPLY }>(self.way == Way::Reply);
+        (traffic, counted(traffic.read(), packets, bytes, dither))
+    }
+
+    /// Datagrams of an entry that expires then, if no more come.
+    #[inline(always)]
+    fn count_datagrams(&self, until: u32, facts: &[Particulars], dither: impl Fn() -> u32) -> Option<()> {
+        let bytes = match facts {
+            [one] => one.ip_len,
+            more => bytes_of(more),
+        };
+        let (traffic, sum) = self.count(facts.len(), bytes, dither);
+        let entry = self.claim(until, Change::Bookkeeping)?;
+        entry.put(traffic, sum);
+        entry.commit();
+        Some(())
+    }
+
+    /// The same of an exchange that is not known to be a stream.
+    #[inline(always)]
+    fn young_udp(&self, facts: &[Particulars], dither: impl Fn() -> u32) -> Option<(usize, CtState)> {
+        let Self { notes, terms, .. } = self;
+        if notes.policy_generation() != terms.generation || !notes.decision().allowed() {
+            return None;
         }
-        packets += 1;
-        bytes = bytes.wrapping_add(facts.ip_len);
+        let state = match (notes.seen_reply(), notes.assured()) {
+            (false, _) if self.way == Way::Original => CtState::New,
+            // Otherwise the limits are to be told that it is open.
+            (true, false) if !notes.decision().counts_half_open() => {
+                let stream_from = self.look.word::<{ word::PROTOCOL }>() as u32;
+                if udp::has_lasted(stream_from, terms.now_ms as u32) {
+                    return self.becomes_stream(facts, dither());
+                }
+                CtState::Established
+            }
+            _ => return None,
+        };
+        self.count_datagrams(terms.udp_until, facts, dither)?;
+        Some((facts.len(), state))
     }
-    if packets == 0 {
-        return None;
+
+    /// The exchange is a stream from these packets on: once for each, and for all at much the same time where many were opened together.
+    #[cold]
+    #[inline(never)]
+    fn becomes_stream(self, facts: &[Particulars], dither: u32) -> Option<(usize, CtState)> {
+        let (traffic, sum) = self.count(facts.len(), bytes_of(facts), || dither);
+        let entry = self.claim(self.terms.stream_until, Change::Semantic)?;
+        entry.put(traffic, sum);
+        entry.set::<{ word::NOTES }>(self.notes.with_assured().0);
+        entry.commit();
+        Some((facts.len(), CtState::Established))
     }
-    let (after, retrans, timeout_ms) = run.finish(terms.config);
-    let traffic = look.either::<{ word::ORIGINAL }, { word::REPLY }>(is_reply);
-    let sum = counted(traffic.read(), packets, bytes, dither);
-    let entry = look.claim(expiry(terms.now_ms, timeout_ms))?;
-    let Words { sender: [a, b], receiver: [c, d], last: [e, f] } = after;
-    entry.put(ends, a);
-    entry.put(windows, b);
-    entry.put(other_ends, c);
-    entry.put(other_windows, d);
-    entry.set::<{ P + 4 }>(e);
-    entry.set::<{ P + 5 }>(f);
-    entry.put(traffic, sum);
-    if retrans != notes.retrans() {
-        entry.set::<{ word::NOTES }>(notes.with_retrans(retrans).0);
+
+    /// Segments of TCP.
+    #[inline(always)]
+    fn segments(&self, facts: &[Particulars], dither: impl Fn() -> u32) -> Option<(usize, CtState)> {
+        if self.notes.state() != TcpState::Established as u8 {
+            return None;
+        }
+        match facts {
+            [_] => self.take::<true>(facts, dither),
+            more => self.several_segments(more, dither()),
+        }
     }
-    entry.commit();
-    Some((packets, CtState::Established))
+
+    #[inline(never)]
+    fn several_segments(self, facts: &[Particulars], dither: u32) -> Option<(usize, CtState)> {
+        self.take::<false>(facts, || dither)
+    }
+
+    /// `ONE`: there is one, and no loop, whose variables would lie on the stack.
+    #[inline(always)]
+    fn take<const ONE: bool>(&self, facts: &[Particulars], dither: impl Fn() -> u32) -> Option<(usize, CtState)> {
+        const P: usize = word::PROTOCOL;
+        let Self { look, notes, way, terms, .. } = self;
+        let is_reply = *way == Way::Reply;
+        // The words of who sends these segments, and of who receives them. Written out: iterators over them cost more than they do.
+        let (ends, windows) = (look.either::<P, { P + 2 }>(is_reply), look.either::<{ P + 1 }, { P + 3 }>(is_reply));
+        let (other_ends, other_windows) =
+            (look.either::<{ P + 2 }, P>(is_reply), look.either::<{ P + 3 }, { P + 1 }>(is_reply));
+        let words = Words {
+            sender: [ends.read(), windows.read()],
+            receiver: [other_ends.read(), other_windows.read()],
+            last: [look.word::<{ P + 4 }>(), look.word::<{ P + 5 }>()],
+        };
+        let mut run = Run::new(words, notes.retrans(), *way)?;
+        let (mut packets, mut bytes) = (0, 0u32);
+        for facts in if ONE { facts.get(..1)? } else { facts } {
+            if !run.take(facts) {
+                break;
+            }
+            packets += 1;
+            bytes = bytes.wrapping_add(facts.ip_len);
+        }
+        if packets == 0 {
+            return None;
+        }
+        let (after, retrans, timeout_ms) = run.finish(terms.config);
+        let (traffic, sum) = self.count(packets, bytes, dither);
+        let entry = self.claim(expiry(terms.now_ms, timeout_ms), Change::Bookkeeping)?;
+        let Words { sender: [a, b], receiver: [c, d], last: [e, f] } = after;
+        entry.put(ends, a);
+        entry.put(windows, b);
+        entry.put(other_ends, c);
+        entry.put(other_windows, d);
+        entry.set::<{ P + 4 }>(e);
+        entry.set::<{ P + 5 }>(f);
+        entry.put(traffic, sum);
+        if retrans != notes.retrans() {
+            entry.set::<{ word::NOTES }>(notes.with_retrans(retrans).0);
+        }
+        entry.commit();
+        Some((packets, CtState::Established))
+    }
 }
 
 #[cfg(all(test, not(loom)))]
 pub(crate) mod tests {
     use super::super::PickUp;
     use super::super::dissect::{Checksum, Dissected, Packet, Transport, dissect};
-    use super::super::plain::Layout;
-    use super::super::table::{Change, ConnTable};
+    use super::super::plain::{Layout, Plain};
+    use super::super::table::ConnTable;
     use super::super::tracker::{Judgement, judge};
     use super::*;
     use crate::firewall::limits::Admission;
     use crate::frame::{Offload, RxBurst, SNAPSHOT_BYTES};
     use crate::offload::checksum::{Sum, internet_checksum};
-    use crate::packet::{MacAddr, parse, parse_l2};
+    use crate::packet::{IpProto, MacAddr, parse, parse_l2};
 
     pub(crate) struct Random(pub u64);
 
@@ -446,6 +451,24 @@ pub(crate) mod tests {
         map.likely(map.prefetch_places(map.ends(key), rest, false))
     }
 
+    /// As [`steady`], for packets of which this is one.
+    fn by_protocol(
+        map: &ConnMap,
+        terms: &Terms<'_>,
+        toward: Toward,
+        packet: &Plain,
+        facts: &[Particulars],
+        dither: u32,
+    ) -> Option<(usize, CtState)> {
+        let key = packet.key(toward, 9);
+        let likely = likely(map, &key);
+        if packet.proto() == IpProto::UDP {
+            steady::<true>(map, terms, toward, facts, &key, likely, || dither)
+        } else {
+            steady::<false>(map, terms, toward, facts, &key, likely, || dither)
+        }
+    }
+
     fn handle_of(map: &ConnMap) -> super::super::ConnHandle<'_> {
         map.handle(&(), 0)
     }
@@ -553,14 +576,11 @@ pub(crate) mod tests {
                 let bytes = frame(&sent);
                 let assured_before = assured(short);
                 let quick = plain(&bytes, 128).and_then(|(plain, seen)| {
-                    let key = plain.key(toward, 9);
-                    let likely = likely(short, &key);
                     let terms = Terms::new(generation, &config, now_ms);
                     let before: Vec<_> = entries(short);
-                    let found = steady(short, &terms, sent.toward, &plain, &[seen], &key, likely, || dither);
-                    match found {
-                        Some(_) => short.note_bookkeeping(&[likely]),
-                        None => assert_eq!(before, entries(short), "changed, and left to others"),
+                    let found = by_protocol(short, &terms, sent.toward, &plain, &[seen], dither);
+                    if found.is_none() {
+                        assert_eq!(before, entries(short), "changed, and left to others");
                     }
                     found.map(|(packets, state)| {
                         assert_eq!(packets, 1);
@@ -641,10 +661,8 @@ pub(crate) mod tests {
             for dither in [0x1234_5678, 0x9e37_79b9, u32::MAX, 0] {
                 let sent = datagram(Toward::Egress);
                 let (plain, seen) = plain(&frame(&sent), 128).unwrap();
-                let key = plain.key(sent.toward, 9);
                 let terms = Terms::new(GENERATION, &config, 2000);
-                let likely = likely(short, &key);
-                let found = steady(short, &terms, sent.toward, &plain, &[seen], &key, likely, || dither);
+                let found = by_protocol(short, &terms, sent.toward, &plain, &[seen], dither);
                 assert_eq!(found, allowed.then_some((1, CtState::New)));
                 if allowed {
                     in_full(long, &config, &sent, dither, 2000, false);
@@ -704,17 +722,9 @@ pub(crate) mod tests {
                         plain(&frame(&sent), 128).unwrap()
                     })
                     .unzip();
-                let key = train[0].key(toward, 9);
                 assert!(train.iter().all(|packet| packet.same_talk(&train[0])));
                 let terms = Terms::new(GENERATION, &config, now_ms);
-                let ask = |map: &ConnMap, facts: &[Particulars]| {
-                    let likely = likely(map, &key);
-                    let found = steady(map, &terms, toward, &train[0], facts, &key, likely, || 7);
-                    if found.is_some() {
-                        map.note_bookkeeping(&[likely]);
-                    }
-                    found
-                };
+                let ask = |map: &ConnMap, facts: &[Particulars]| by_protocol(map, &terms, toward, &train[0], facts, 7);
                 let mut singly = 0;
                 let mut state = None;
                 for fact in &facts {

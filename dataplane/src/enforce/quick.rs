@@ -3,8 +3,6 @@
 //! What is judged is a [`Train`]: packets of one connection. Over a burst it goes in steps, so that the tables' cache lines are on their way
 //! while other trains are looked at: [`Quick::prepare`] for each, then [`Quick::locate`] for each, then [`Quick::pass`] for all. The last one
 //! lets packets pass only where [`super::stage`] would, and leaves behind what it would; at anything else it stops and changes nothing.
-use arrayvec::ArrayVec;
-
 use super::flow_cache::FlowHash;
 use super::port::{FirewallCounters, PortFirewall};
 use super::vm::VmFirewall;
@@ -13,7 +11,7 @@ use crate::conntrack::{
 };
 use crate::firewall::spoof::SpoofTable;
 use crate::frame::{BURST, run};
-use crate::packet::MacAddr;
+use crate::packet::{IpProto, MacAddr};
 
 /// Where the entry of a connection probably is, in one table.
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +79,15 @@ pub(crate) struct Accepted {
 
 impl Accepted {
     pub const NOBODY: Self = Self { station: u64::MAX, source: [0; 2] };
+}
+
+/// What trains have in common that are to pass.
+struct Alike<'f> {
+    station: MacAddr,
+    zone: u16,
+    facts: &'f [Particulars; BURST],
+    only: u64,
+    dither: u32,
 }
 
 /// One port's firewall in one direction, from the VM (`EGRESS`) or to it, for the time of a burst.
@@ -216,28 +223,44 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         only: u64,
         dither: u32,
     ) -> (usize, u64) {
-        let zone = self.zone | vlan;
         let (mut count, mut passed) = (0, 0);
         if self.verifies() && !verified {
             return (count, passed);
         }
-        // The table is told of all changes together, since it takes a memory fence. There are at most as many trains as frames. Tracking is
-        // not switched on for this thread before its next quiescent state.
-        let (is_tracking, mut changed) = (self.map.is_tracking(), ArrayVec::<Likely, BURST>::new());
         // To the VM, whose frames they are does not depend on the packet.
         if !EGRESS && trains.first().is_some_and(|first| !self.is_ours(station, &first.plain)) {
             return (count, passed);
         }
+        let alike = Alike { station, zone: self.zone | vlan, facts, only, dither };
+        let mut go_on = true;
+        while go_on && let Some(rest @ [first, ..]) = trains.get(count..) {
+            let (more, frames);
+            (more, frames, go_on) = match first.plain.proto() {
+                IpProto::UDP => self.pass_as::<true>(rest, &alike),
+                _ => self.pass_as::<false>(rest, &alike),
+            };
+            count += more;
+            passed |= frames;
+        }
+        (count, passed)
+    }
+
+    /// As [`Self::pass`], up to the first train that is of the other protocol, too: datagrams if `UDP`, else segments. Each has a loop of its
+    /// own, in which nothing else wants registers. Returns as well whether that is why it stopped.
+    #[inline(never)]
+    fn pass_as<const UDP: bool>(&mut self, trains: &[Train], alike: &Alike<'_>) -> (usize, u64, bool) {
+        let Alike { station, zone, facts, only, dither } = *alike;
+        let (mut count, mut passed) = (0, 0);
         for train in trains {
             let frames = train.frames();
+            if (train.plain.proto() == IpProto::UDP) != UDP {
+                return (count, passed, true);
+            }
             if !train.is_plain || frames & !only != 0 || EGRESS && !self.is_ours(station, &train.plain) {
                 break;
             }
             let Some(facts) = facts.get(usize::from(train.first)..usize::from(train.end)) else { break };
-            let packets = self.pass_train(zone, train, facts, dither);
-            if is_tracking && packets != 0 {
-                let _ = changed.try_push(Self::likely(train));
-            }
+            let packets = self.pass_train::<UDP>(zone, train, facts, dither);
             if packets != facts.len() {
                 if packets != 0 {
                     passed |= run(train.first, train.first + packets as u8);
@@ -247,8 +270,7 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
             passed |= frames;
             count += 1;
         }
-        self.map.note_bookkeeping(&changed);
-        (count, passed)
+        (count, passed, false)
     }
 
     #[inline(always)]
@@ -270,20 +292,20 @@ impl<'a, const EGRESS: bool> Quick<'a, EGRESS> {
         if facts.is_empty() || !may {
             return 0;
         }
-        let packets = self.pass_train(self.zone | vlan, train, facts, dither);
-        if packets != 0 {
-            self.map.note_bookkeeping(&[Self::likely(train)]);
+        let zone = self.zone | vlan;
+        match train.plain.proto() {
+            IpProto::UDP => self.pass_train::<true>(zone, train, facts, dither),
+            _ => self.pass_train::<false>(zone, train, facts, dither),
         }
-        packets
     }
 
     #[inline(always)]
-    fn pass_train(&mut self, zone: u16, train: &Train, facts: &[Particulars], dither: u32) -> usize {
+    fn pass_train<const UDP: bool>(&mut self, zone: u16, train: &Train, facts: &[Particulars], dither: u32) -> usize {
         // Evenly distributed, another number for each train and end.
         let dither = || (u32::from(train.first) << 1 | u32::from(EGRESS)).wrapping_mul(0x9e37_79b9) ^ dither;
         let key = train.plain.key(Self::TOWARD, zone);
         let likely = Self::likely(train);
-        match steady(self.map, &self.terms, Self::TOWARD, &train.plain, facts, &key, likely, dither) {
+        match steady::<UDP>(self.map, &self.terms, Self::TOWARD, facts, &key, likely, dither) {
             Some((packets, state)) => {
                 let counted = if state == CtState::New { &mut self.new } else { &mut self.established };
                 *counted += packets as u64;

@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 use crossbeam::utils::CachePadded;
 
 use super::super::key::Key;
-use super::sync::{AtomicBool, AtomicU64, Ordering, fence};
+use super::sync::{AtomicBool, AtomicU64, Ordering, after_exchange, fence};
 
 /// An entry was deleted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,8 +101,8 @@ impl Graves {
     }
 }
 
-/// A bit per slot. Who changes an entry sets its bit afterwards; who collects takes the bit first and then reads the entry. So a change
-/// that the reader misses has its bit set again.
+/// A bit per slot. Who changes an entry sets its bit afterwards, or while it holds the entry; who collects takes the bit first and then
+/// reads the entry. So a change that the reader misses has its bit set again.
 pub(super) struct Marks(Box<[AtomicU64]>);
 
 impl Marks {
@@ -123,21 +123,22 @@ impl Marks {
     /// Sets a slot's bit. To be called after the change.
     #[inline]
     pub fn set(&self, slot: u32) {
-        self.set_all([slot]);
+        // The change, then the look at the bit; in `take` the other way round. So a bit that is seen set here will be cleared before the
+        // entry is read.
+        fence(Ordering::SeqCst);
+        self.set_claimed(slot);
     }
 
-    /// Sets the bits of slots. To be called after their changes.
-    #[inline]
-    pub fn set_all(&self, slots: impl IntoIterator<Item = u32>) {
-        // The changes, then the look at the bits; in `take` the other way round. So a bit that is seen set here will be cleared before
-        // the entry is read.
-        fence(Ordering::SeqCst);
-        for slot in slots {
-            let Some(word) = self.0.get((slot / PER_WORD) as usize) else { continue };
-            let bit = 1 << (slot % PER_WORD);
-            if word.load(Ordering::Relaxed) & bit == 0 {
-                word.fetch_or(bit, Ordering::AcqRel);
-            }
+    /// Sets a slot's bit. To be called between the exchange by which the caller took the entry ([`super::slot::Look::claim`]) and the
+    /// change. That exchange is the fence which [`Self::set`] needs: either the collector's look at the entry comes after it, and waits for
+    /// the change; or it comes before, hence `take` as well, and the bit is seen clear here.
+    #[inline(always)]
+    pub fn set_claimed(&self, slot: u32) {
+        after_exchange();
+        let Some(word) = self.0.get((slot / PER_WORD) as usize) else { return };
+        let bit = 1 << (slot % PER_WORD);
+        if word.load(Ordering::SeqCst) & bit == 0 {
+            word.fetch_or(bit, Ordering::AcqRel);
         }
     }
 

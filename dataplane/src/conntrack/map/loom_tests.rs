@@ -472,17 +472,19 @@ fn loom_no_change_is_lost_to_the_collector() {
     );
 }
 
+/// As `collect_versions`, of what may lag behind.
+fn collect_lagging(s: &Shared) -> u32 {
+    let (mut cursor, mut last) = (Cursor::default(), 0);
+    while s.map.collect_lagging(&mut cursor, 10, &mut |c| {
+        assert_whole(c);
+        last = c.version;
+    }) {}
+    last
+}
+
 /// The same for what may lag behind.
 #[test]
 fn loom_no_lagging_change_is_lost_to_the_collector() {
-    fn collect_lagging(s: &Shared) -> u32 {
-        let (mut cursor, mut last) = (Cursor::default(), 0);
-        while s.map.collect_lagging(&mut cursor, 10, &mut |c| {
-            assert_whole(c);
-            last = c.version;
-        }) {}
-        last
-    }
     race(
         [3, 3],
         || tracked(1),
@@ -495,20 +497,23 @@ fn loom_no_lagging_change_is_lost_to_the_collector() {
     );
 }
 
+/// As `collect_versions`, by a walk.
+fn walk_versions(s: &Shared) -> u32 {
+    let (mut cursor, mut last) = (Cursor::default(), 0);
+    while s.map.walk_collecting(&mut cursor, 10, &mut |c| {
+        assert_whole(c);
+        last = c.version;
+    }) {}
+    last
+}
+
 /// A walk that counts as collecting takes marks only of what it hands over.
 #[test]
 fn loom_no_change_is_lost_to_the_walk() {
     race(
         [3, 3],
         || tracked(1),
-        [update_twice, |s| {
-            let (mut cursor, mut last) = (Cursor::default(), 0);
-            while s.map.walk_collecting(&mut cursor, 10, &mut |c| {
-                assert_whole(c);
-                last = c.version;
-            }) {}
-            last
-        }],
+        [update_twice, walk_versions],
         |s, [newest, seen]| {
             let later = collect_versions(s);
             assert_eq!(if later == 0 { seen } else { later }, newest);
@@ -646,6 +651,41 @@ fn loom_a_free_slot_has_one_owner() {
     );
 }
 
+/// Changes of single words, which are noted before they are made: none is lost to the collector.
+#[test]
+fn loom_no_single_word_is_lost_to_the_collector() {
+    race(
+        [3, 3],
+        || tracked(1),
+        [counts_twice, collect_lagging],
+        |s, [newest, seen]| {
+            assert_eq!(collect_versions(s), 0, "nothing semantic");
+            let later = collect_lagging(s);
+            assert_eq!(if later == 0 { seen } else { later }, newest);
+        },
+    );
+}
+
+/// Nor to the walk.
+#[test]
+fn loom_no_single_word_is_lost_to_the_walk() {
+    race(
+        [3, 3],
+        || tracked(1),
+        [counts_twice, walk_versions],
+        |s, [newest, seen]| {
+            let later = collect_lagging(s);
+            assert_eq!(if later == 0 { seen } else { later }, newest);
+        },
+    );
+}
+
+/// Returns the version that the entry then has.
+fn counts_twice(s: &Shared) -> u32 {
+    assert_eq!((counts(s), counts(s)), (1, 1));
+    s.copy().version + 2
+}
+
 /// Counts one packet by the short way. Returns 1 if it went.
 fn counts(s: &Shared) -> u32 {
     use super::super::entry::{expiry, word};
@@ -654,10 +694,10 @@ fn counts(s: &Shared) -> u32 {
     let likely = s.map.likely(s.map.prefetch_places(s.map.ends(&key), rest, false));
     let Some(look) = s.map.look(likely, &key) else { return 0 };
     let traffic = Traffic::from_word(look.word::<{ word::ORIGINAL }>());
-    let Some(entry) = look.claim(expiry(0, 3_600_000)) else { return 0 };
+    let until = expiry(0, 3_600_000);
+    let Some(entry) = s.map.claim(likely, look, until, Change::Bookkeeping) else { return 0 };
     entry.set::<{ word::ORIGINAL }>(traffic.plus(1, IP_LEN, 0).to_word());
     entry.commit();
-    s.map.note_bookkeeping(&[likely]);
     1
 }
 

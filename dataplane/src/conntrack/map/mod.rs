@@ -61,7 +61,7 @@ use meta::{Meta, State, newest, next};
 use slab::{SHARDS, Slab};
 use slot::Busy;
 pub(crate) use slot::KeyWords;
-pub(super) use slot::{EntryWords, Look};
+pub(super) use slot::{Amend, EntryWords, Look, Word};
 use stats::Counters;
 use sync::{AtomicU32, AtomicU64, Ordering, fence, spin};
 
@@ -385,20 +385,25 @@ impl ConnMap {
         self.slab.slot(likely.0)?.look(key)
     }
 
-    /// The entries in these slots have had their time, windows or counters changed. To be told before the thread's next quiescent state.
+    /// Makes the entry that was looked at in this slot the caller's alone, if nobody has touched it since, to make this kind of change. It
+    /// will expire then, and have the next version. While changes are tracked, this one is noted.
     #[inline(always)]
-    pub(crate) fn note_bookkeeping(&self, changed: &[Likely]) {
+    pub(super) fn claim<'a>(
+        &self,
+        likely: Likely,
+        look: Look<'a>,
+        expires_ms: u32,
+        change: Change,
+    ) -> Option<Amend<'a>> {
+        let entry = look.claim(expires_ms)?;
         if self.dirty.is_on() {
-            self.dirty.lagging.set_all(changed.iter().map(|likely| likely.0));
+            match change {
+                Change::None => {}
+                Change::Bookkeeping => self.dirty.lagging.set_claimed(likely.0),
+                Change::Semantic => self.dirty.semantic.set_claimed(likely.0),
+            }
         }
-    }
-
-    /// What others must know of the entry in this slot has changed.
-    #[inline(always)]
-    pub(super) fn note_semantic(&self, changed: Likely) {
-        if self.dirty.is_on() {
-            self.dirty.semantic.set(changed.0);
-        }
+        Some(entry)
     }
 
     /// The entry with this key, expired or not; from any thread.
@@ -491,7 +496,9 @@ impl ConnMap {
             if self.nothing_at_ms.load(Ordering::Relaxed) != 0 {
                 self.nothing_at_ms.store(0, Ordering::Relaxed);
             }
-            self.note_semantic(Likely(number));
+            if self.dirty.is_on() {
+                self.dirty.semantic.set(number);
+            }
         }
     }
 

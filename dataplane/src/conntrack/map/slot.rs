@@ -382,7 +382,8 @@ impl<'a> Look<'a> {
         fence(Ordering::Acquire);
         let writing = self.meta.live_to_writing();
         let slot = self.slot;
-        slot.meta.compare_exchange(self.meta.0, writing.0, Ordering::Acquire, Ordering::Relaxed).ok()?;
+        // Stronger than the claim needs: see `Marks::set_claimed`.
+        slot.meta.compare_exchange(self.meta.0, writing.0, Ordering::SeqCst, Ordering::Relaxed).ok()?;
         // Whoever sees one of the stores that follow also sees that the slot was being written.
         fence(Ordering::Release);
         Some(Amend { slot, after: self.meta.live_to_next(expires_ms) })

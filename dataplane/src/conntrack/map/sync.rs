@@ -18,6 +18,15 @@ pub(super) fn spin() {
     core::hint::spin_loop();
 }
 
+/// Between a sequentially consistent exchange and such a load, which need nothing more to stay in this order, not even when all else that
+/// others do is fences and weaker accesses (C++20, [atomics.order] 4). The model checker knows no such accesses and takes them for weaker
+/// ones, but it knows the fence.
+#[inline(always)]
+pub(super) fn after_exchange() {
+    #[cfg(loom)]
+    fence(Ordering::SeqCst);
+}
+
 /// The model checker's atomics with a switch.
 ///
 /// To decide which executions differ, the checker compares an access with the last one to the same atomic only; a load before a thread's
