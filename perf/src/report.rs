@@ -219,7 +219,7 @@ mod tests {
 
     #[test]
     fn the_page_holds_its_plots_and_no_reference_to_elsewhere() {
-        let figure = Figure { median: 2.0, min: 1.0, max: 3.0, count: 5 };
+        let figure = Figure { median: 2.0, min: 1.0, max: 3.0, count: 5, interval: None };
         let metric = Metric {
             name: "ping-pong <64> p50".into(),
             system: Kind::FerryL2,

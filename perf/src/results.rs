@@ -112,6 +112,10 @@ pub struct Figure {
     pub max: f64,
     /// Number of values.
     pub count: usize,
+    /// Between these the median of what was sampled lies with 95 % certainty; `None` for fewer than six values, and more
+    /// than 1000.
+    #[serde(default)]
+    pub interval: Option<[f64; 2]>,
 }
 
 impl Figure {
@@ -122,8 +126,33 @@ impl Figure {
         let (&min, &max) = (v.first()?, v.last()?);
         let n = v.len();
         let median = if n % 2 == 1 { v[n / 2] } else { (v[n / 2 - 1] + v[n / 2]) / 2.0 };
-        Some(Self { median, min, max, count: n })
+        Some(Self { median, min, max, count: n, interval: interval(&v) })
     }
+}
+
+/// The interval of a median by order statistics, which supposes nothing about the distribution (the sign test turned round). `sorted`: the
+/// values, in order.
+fn interval(sorted: &[f64]) -> Option<[f64; 2]> {
+    // One end may be missed in one case of forty.
+    const MISSED: f64 = 0.025;
+    let n = sorted.len();
+    // Beyond, the first probability would be none.
+    if n > 1000 {
+        return None;
+    }
+    // Probability that k of n values are less than the median, and that so many or fewer are.
+    let mut exactly = 0.5f64.powi(i32::try_from(n).ok()?);
+    let (mut at_most, mut left_out) = (exactly, None);
+    for k in 0..n / 2 {
+        if at_most > MISSED {
+            break;
+        }
+        left_out = Some(k);
+        exactly *= (n - k) as f64 / (k + 1) as f64;
+        at_most += exactly;
+    }
+    let k = left_out?;
+    Some([*sorted.get(k)?, *sorted.get(n - 1 - k)?])
 }
 
 /// The placement to compare in, by how many windows the switch with the fewest has in each; near if in doubt.
@@ -327,8 +356,8 @@ pub fn table(rows: &[Row]) -> String {
 pub fn metrics_table(metrics: &[Metric]) -> String {
     use std::fmt::Write;
     let mut t = format!(
-        "{:<48} {:<16} {:>12} {:>23} {:>4} {:>5} {:>9} {:>7}\n",
-        "what", "system", "median", "min..max", "", "cores", "x testpmd", "x OVS"
+        "{:<48} {:<16} {:>12} {:>16} {:>23} {:>4} {:>5} {:>9} {:>7}\n",
+        "what", "system", "median", "95 %", "min..max", "", "cores", "x testpmd", "x OVS"
     );
     for m in metrics {
         let ratio = |kinds: &[Kind]| {
@@ -338,10 +367,11 @@ pub fn metrics_table(metrics: &[Metric]) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(
             t,
-            "{:<48} {:<16} {:>12.2} {:>23} {:>4} {:>5} {:>9} {:>7}",
+            "{:<48} {:<16} {:>12.2} {:>16} {:>23} {:>4} {:>5} {:>9} {:>7}",
             m.name,
             m.system.name(),
             m.figure.median,
+            m.figure.interval.map_or("-".into(), |[low, high]| format!("{low:.2}..{high:.2}")),
             format!("{:.2}..{:.2}", m.figure.min, m.figure.max),
             m.unit,
             placement_text(m.placement),
@@ -386,7 +416,7 @@ pub(crate) mod test_support {
 
     /// A metric of this value, less being better for times.
     pub fn metric(name: &str, system: Kind, value: f64) -> Metric {
-        let figure = Figure { median: value, min: value, max: value, count: 3 };
+        let figure = Figure { median: value, min: value, max: value, count: 3, interval: None };
         let higher_is_better = !name.contains(" p");
         Metric { name: name.into(), system, unit: "us".into(), higher_is_better, figure, placement: None }
     }
@@ -394,5 +424,21 @@ pub(crate) mod test_support {
     /// A run of these.
     pub fn run(throughput: Vec<Measurement>, metrics: Vec<Metric>) -> Run {
         Run { format: 1, environment: Environment::default(), throughput, metrics, micro: String::new() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intervals_are_those_of_the_tables() {
+        let of = |n: usize| Figure::of(&(1..=n).rev().map(|v| v as f64).collect::<Vec<_>>()).expect("values").interval;
+        // Ranks of Conover, "Practical Nonparametric Statistics", for 95 %.
+        for (n, ranks) in [(6, [1, 6]), (10, [2, 9]), (20, [6, 15]), (25, [8, 18]), (60, [22, 39])] {
+            assert_eq!(of(n), Some(ranks.map(f64::from)), "{n}");
+        }
+        assert_eq!([of(1), of(5), of(2000)], [None; 3]);
+        assert!(of(1000).is_some_and(|[low, high]| (low, high) == (469.0, 532.0)), "{:?}", of(1000));
     }
 }

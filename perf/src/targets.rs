@@ -1,5 +1,5 @@
 //! What Ferry is to reach, and what a run has measured of it.
-use crate::results::{Metric, Run};
+use crate::results::{Figure, Metric, Run};
 use crate::system::Kind;
 use std::fmt::Write;
 
@@ -23,6 +23,8 @@ pub struct Target {
     pub bound: Option<Bound>,
     /// The figure; `None` when the run does not have it.
     pub measured: Option<f64>,
+    /// Where the figure's median lies with 95 % certainty ([`Figure::interval`]), and where a peer's does that is the bound.
+    pub intervals: [Option<[f64; 2]>; 2],
     /// "x" for ratios.
     pub unit: &'static str,
     /// Where it comes from: workloads and metrics.
@@ -55,12 +57,22 @@ impl Target {
         self.measured.map_or("not measured".into(), |m| figure(m, self.unit))
     }
 
-    /// "met", "not met" or "-".
+    /// Both sides of the bound lie within the figure's interval: the run cannot tell.
+    pub fn is_open(&self) -> bool {
+        let (Some(bound), [Some([low, high]), peer]) = (self.bound, self.intervals) else { return false };
+        let (Bound::AtLeast(b) | Bound::AtMost(b) | Bound::Below(b)) = bound;
+        let [bound_low, bound_high] = peer.unwrap_or([b, b]);
+        low <= bound_high && bound_low <= high
+    }
+
+    /// "met", "not met" or "-"; with a question mark where the run cannot tell.
     pub fn met_text(&self) -> &'static str {
-        match self.met() {
-            Some(true) => "met",
-            Some(false) => "not met",
-            None => "-",
+        match (self.met(), self.is_open()) {
+            (Some(true), false) => "met",
+            (Some(true), true) => "met?",
+            (Some(false), false) => "not met",
+            (Some(false), true) => "not met?",
+            (None, _) => "-",
         }
     }
 }
@@ -88,14 +100,14 @@ impl Figures<'_> {
         self.0.metrics.iter().find(|m| m.name == name && m.system == system)
     }
 
-    fn median(&self, name: &str, system: Kind) -> Option<f64> {
-        self.metric(name, system).map(|m| m.figure.median)
+    fn figure(&self, name: &str, system: Kind) -> Option<Figure> {
+        self.metric(name, system).map(|m| m.figure)
     }
 
     /// A figure of Ferry's alone, whichever system it is told of.
-    fn own(&self, name: &str) -> Option<f64> {
+    fn own(&self, name: &str) -> Option<Figure> {
         let of = |m: &&Metric| m.name == name && m.system.is_ferry();
-        self.0.metrics.iter().find(of).map(|m| m.figure.median)
+        self.0.metrics.iter().find(of).map(|m| m.figure)
     }
 
     /// Ferry's throughput divided by the peer's.
@@ -119,7 +131,7 @@ impl Figures<'_> {
 
     /// Ratio of two systems' metrics.
     fn metric_ratio(&self, name: &str, system: Kind, peer: Kind) -> Option<f64> {
-        Some(self.median(name, system)? / self.median(name, peer)?)
+        Some(self.figure(name, system)?.median / self.figure(name, peer)?.median)
     }
 }
 
@@ -127,11 +139,12 @@ impl Figures<'_> {
 pub fn targets(run: &Run) -> Vec<Target> {
     let f = Figures(run);
     let mut all = Vec::new();
-    let mut push = |what: &str, bound: Option<Bound>, measured, unit, from: &str| {
-        all.push(Target { what: what.into(), bound, measured, unit, from: from.into() });
+    let mut push = |what: &str, bound: Option<Bound>, measured, intervals, unit, from: &str| {
+        all.push(Target { what: what.into(), bound, measured, intervals, unit, from: from.into() });
     };
+    const RATIO: [Option<[f64; 2]>; 2] = [None; 2];
     let mut throughput = |what: &str, workloads: &[String], peer, least: f64| {
-        push(what, Some(Bound::AtLeast(least)), f.least(workloads, peer), "x", &workloads.join(", "));
+        push(what, Some(Bound::AtLeast(least)), f.least(workloads, peer), RATIO, "x", &workloads.join(", "));
     };
     let one = |name: &str| vec![name.to_owned()];
     let both = |n: &str| ["udp", "tcp"].map(|t| format!("stateful-{t}-64-{n}")).to_vec();
@@ -155,13 +168,16 @@ pub fn targets(run: &Run) -> Vec<Target> {
         virtio_user.iter().map(|m| f.metric_ratio(&m.name, m.system, Kind::TestpmdIo)).collect();
     let least = ratios.and_then(|r| r.into_iter().reduce(f64::min));
     let from = format!("the least of {} virtio-user figures", virtio_user.len());
-    push("DPDK's virtio-user as generator, any size, against testpmd io", Some(Bound::AtLeast(1.0)), least, "x", &from);
+    let what = "DPDK's virtio-user as generator, any size, against testpmd io";
+    push(what, Some(Bound::AtLeast(1.0)), least, RATIO, "x", &from);
 
     let (ferry, ovs) = (Kind::FerryFirewall, Kind::OvsCt);
     let rate = f.metric_ratio("tcp-handshakes", ferry, ovs);
-    push("new TCP connections/s, against OVS ct", Some(Bound::AtLeast(4.0)), rate, "x", "tcp-handshakes");
+    push("new TCP connections/s, against OVS ct", Some(Bound::AtLeast(4.0)), rate, RATIO, "x", "tcp-handshakes");
     let mut below = |what: &str, name: &str, peer: Kind| {
-        push(what, f.median(name, peer).map(Bound::Below), f.median(name, ferry), "us", name);
+        let (own, peer) = (f.figure(name, ferry), f.figure(name, peer));
+        let intervals = [own, peer].map(|figure| figure.and_then(|f| f.interval));
+        push(what, peer.map(|f| Bound::Below(f.median)), own.map(|f| f.median), intervals, "us", name);
     };
     below("time of set-up, 96 under way, p99, below OVS ct's", "tcp-handshakes p99", ovs);
     below("time of set-up, one at a time, p99, below OVS ct's", "tcp-handshakes-one-at-a-time p99", ovs);
@@ -169,7 +185,9 @@ pub fn targets(run: &Run) -> Vec<Target> {
     below("latency, unloaded, stateful, p99, below OVS L2's", "ping-pong-64 p99", Kind::OvsL2);
 
     let mut own = |what: &str, name: &str, bound, unit, scale: f64| {
-        push(what, Some(bound), f.own(name).map(|v| v * scale), unit, name);
+        let own = f.own(name);
+        let interval = own.and_then(|f| f.interval).map(|interval| interval.map(|v| v * scale));
+        push(what, Some(bound), own.map(|f| f.median * scale), [interval, None], unit, name);
     };
     let at_most = Bound::AtMost;
     own("lost to dirty tracking, 10 k connections", "tracking-loss 10k", at_most(3.0), "%", 1.0);
@@ -260,6 +278,35 @@ mod tests {
         assert_eq!(text.lines().count(), all.len() + 2);
         assert!(text.contains("| 64 B, L2, against testpmd io | >= 2.80x | 2.90x | met |"), "{text}");
         assert!(html(&all).contains("&gt;= 2.80x"));
+    }
+
+    #[test]
+    fn what_a_run_cannot_tell_has_a_question_mark() {
+        let of = |values: &[f64]| {
+            let mut metric = metric("tracking-loss 10k", Kind::FerryFirewall, 0.0);
+            metric.figure = Figure::of(values).expect("values");
+            let all = targets(&run(Vec::new(), vec![metric]));
+            all.iter().find(|t| t.from == "tracking-loss 10k").expect("target").met_text()
+        };
+        assert_eq!(of(&[-5.0, -1.0, 0.0, 0.5, 1.0, 2.0]), "met");
+        assert_eq!(of(&[-5.0, -1.0, 0.0, 0.5, 1.0, 4.0]), "met?");
+        assert_eq!(of(&[2.0, 4.0, 4.0, 5.0, 6.0, 7.0]), "not met?");
+        assert_eq!(of(&[4.0, 4.0, 4.0, 5.0, 6.0, 7.0]), "not met");
+        assert_eq!(of(&[-5.0, 4.0, -5.0]), "met", "too few to say more");
+        // Against a peer, whose figure is as uncertain.
+        let latency = |own: f64, peer: f64| {
+            let metrics = [(Kind::FerryFirewall, own), (Kind::OvsL2, peer)].map(|(system, first)| {
+                let mut metric = metric("ping-pong-64 p50", system, 0.0);
+                metric.figure = Figure::of(&[0, 1, 2, 3, 4, 5].map(|n| first + f64::from(n))).expect("values");
+                metric
+            });
+            let all = targets(&run(Vec::new(), metrics.to_vec()));
+            all.iter().find(|t| t.from == "ping-pong-64 p50").expect("target").met_text()
+        };
+        assert_eq!(
+            [latency(1.0, 9.0), latency(1.0, 3.0), latency(3.0, 1.0), latency(9.0, 1.0)],
+            ["met", "met?", "not met?", "not met"]
+        );
     }
 
     #[test]
