@@ -4,7 +4,8 @@
 //! - **Each further round** sends what changed in meaning since: deletions as tombstones first (they make room), then new and changed
 //!   entries. An entry that changed in several rounds running is *held back*: sending it again would be wasted. It goes when it
 //!   comes to rest, that is, at the end of the first round in which it did not change, or in the final delta. Time left is used
-//!   for entries of which only time, windows or counters changed (*lagging*).
+//!   for entries of which only time, windows or counters changed (*lagging*), where that makes the final delta smaller: entries with
+//!   traffic lag again at once, and reading them costs the PMD thread the cache lines that it writes ([`Refresh`]).
 //! - **The final delta**, with the VM stopped, is the rest of all: what of round 0 is missing, deletions, changes, what was held back, and
 //!   lagging entries as far as time allows.
 //!
@@ -36,6 +37,9 @@ pub struct RoundLimits {
     pub tombstones: usize,
     /// Lagging entries that one round sends beside its changes.
     pub lagging_per_round: usize,
+    /// Lagging entries are sent again so long after the last of them were, however little it helps, milliseconds: what the destination has
+    /// of windows and expiry is at most so old and the time that a pass over the table takes.
+    pub lagging_interval_ms: u64,
 }
 
 impl Default for RoundLimits {
@@ -46,6 +50,7 @@ impl Default for RoundLimits {
             hot_entries: 65_536,
             tombstones: 65_536,
             lagging_per_round: 16_384,
+            lagging_interval_ms: 2000,
         }
     }
 }
@@ -114,6 +119,36 @@ struct Hot {
     streak: u32,
 }
 
+/// When lagging entries are sent before the final delta: in passes over the table, of which each may take several rounds.
+///
+/// How many entries lag one round after a pass is how many will lag in the end, whatever is done: those with traffic all the time. As long
+/// as there are not many more, another pass would be in vain.
+#[derive(Clone, Copy, Debug, Default)]
+struct Refresh {
+    /// A pass is under way.
+    runs: bool,
+    /// When the last one came to its end.
+    ended_ms: Option<u64>,
+    /// How many lagged in the next round.
+    since: Option<u32>,
+}
+
+impl Refresh {
+    /// So many more than half of those that lag in any case are worth a pass.
+    const FEW: u32 = 256;
+
+    /// This round is to send lagging entries, of which there are so many.
+    fn is_due(&mut self, lagging: u32, now_ms: u64, interval_ms: u64) -> bool {
+        let Some(ended_ms) = self.ended_ms.filter(|_| !self.runs) else { return true };
+        let since = *self.since.get_or_insert(lagging);
+        lagging > since.saturating_add(since / 2).saturating_add(Self::FEW) || now_ms >= ended_ms + interval_ms
+    }
+
+    fn ended(&mut self, now_ms: u64) {
+        *self = Self { runs: false, ended_ms: Some(now_ms), since: None };
+    }
+}
+
 /// The sending side's rounds of one migration.
 pub struct Rounds {
     limits: RoundLimits,
@@ -125,6 +160,9 @@ pub struct Rounds {
     dirty: Cursor,
     lagging: Cursor,
     lagging_left: usize,
+    /// What this round is to do about them, once it is known.
+    refreshes: Option<bool>,
+    refresh: Refresh,
     /// No more lagging entries in the final delta.
     cut_lagging: bool,
     /// Where the search for entries that have come to rest goes on.
@@ -166,6 +204,8 @@ impl Rounds {
             dirty: Cursor::default(),
             lagging: Cursor::default(),
             lagging_left: 0,
+            refreshes: None,
+            refresh: Refresh::default(),
             cut_lagging: false,
             rest_from: None,
             tombstones: VecDeque::new(),
@@ -218,6 +258,7 @@ impl Rounds {
         self.began_ms = now_ms;
         self.report = RoundReport { round: self.round, last, ..RoundReport::default() };
         self.lagging_left = self.limits.lagging_per_round;
+        self.refreshes = last.then_some(true);
         self.rest_from = None;
         self.dirty = Cursor::default();
         if last {
@@ -257,6 +298,7 @@ impl Rounds {
         self.hot.clear();
         self.held.clear();
         self.rest_from = None;
+        self.refresh = Refresh::default();
         self.clear = true;
         if self.is_running() {
             self.stage = Stage::Walk;
@@ -458,10 +500,15 @@ impl Rounds {
     }
 
     fn collect_lagging(&mut self, table: &impl SourceTable, budget: usize) {
-        if if self.last { self.cut_lagging } else { self.lagging_left == 0 } {
+        let (limits, refresh, began_ms) = (&self.limits, &mut self.refresh, self.began_ms);
+        let refreshes = *self
+            .refreshes
+            .get_or_insert_with(|| refresh.is_due(table.uncollected().lagging, began_ms, limits.lagging_interval_ms));
+        if !refreshes || if self.last { self.cut_lagging } else { self.lagging_left == 0 } {
             self.stage = Stage::Rest;
             return;
         }
+        self.refresh.runs = true;
         let ready = &mut self.ready;
         let before = ready.len();
         let more = table.lagging(&mut self.lagging, budget, &mut |c| ready.push(Item::Connection(*c)));
@@ -469,6 +516,7 @@ impl Rounds {
         self.report.lagging += found as u64;
         self.lagging_left = self.lagging_left.saturating_sub(found);
         if !more {
+            self.refresh.ended(self.began_ms);
             self.stage = Stage::Rest;
         }
     }

@@ -38,8 +38,12 @@ fn remove(map: &ConnMap, n: u32) {
 
 /// Runs one round to its end.
 fn round(rounds: &mut Rounds, map: &ConnMap, last: bool) -> Vec<Item> {
+    round_at(0, rounds, map, last)
+}
+
+fn round_at(now_ms: u64, rounds: &mut Rounds, map: &ConnMap, last: bool) -> Vec<Item> {
     let mut items = Vec::new();
-    rounds.begin(last, 0);
+    rounds.begin(last, now_ms);
     while !rounds.is_done() {
         rounds.drain(map);
         while let Some(batch) = rounds.next_batch(map, 100, usize::MAX) {
@@ -47,7 +51,7 @@ fn round(rounds: &mut Rounds, map: &ConnMap, last: bool) -> Vec<Item> {
         }
     }
     rounds.end();
-    rounds.acknowledged(10);
+    rounds.acknowledged(now_ms + 10);
     items
 }
 
@@ -109,8 +113,48 @@ fn what_changes_every_round_waits_for_the_last_or_for_its_rest() {
 }
 
 #[test]
+fn entries_that_lag_all_the_time_are_sent_now_and_then_and_in_the_end() {
+    let limits = RoundLimits { lagging_interval_ms: 1000, ..RoundLimits::default() };
+    let (map, mut rounds) = tracked(2000, limits);
+    assert_eq!(round_at(0, &mut rounds, &map, false).len(), 2000);
+    let busy = |map: &ConnMap, entries: u32| (0..entries).for_each(|n| touch(map, n, Change::Bookkeeping));
+    let mut sent = |now_ms: u64, last: bool| round_at(now_ms, &mut rounds, &map, last).len();
+    busy(&map, 100);
+    assert_eq!(sent(100, false), 100, "the first pass");
+    for now_ms in [200, 300, 400] {
+        busy(&map, 100);
+        assert_eq!(sent(now_ms, false), 0, "they would lag again");
+    }
+    // Others lag, too, and may go on without traffic.
+    busy(&map, 1000);
+    assert_eq!(sent(500, false), 1000);
+    busy(&map, 100);
+    assert_eq!(sent(600, false), 0);
+    busy(&map, 150);
+    assert_eq!(sent(1400, false), 0);
+    assert_eq!(sent(1500, false), 150, "too long ago");
+    busy(&map, 100);
+    assert_eq!(sent(1600, false), 0);
+    busy(&map, 120);
+    assert_eq!(sent(1700, true), 120, "all in the end");
+    // A pass that does not fit into a round goes on in the next.
+    let (map, mut rounds) = tracked(2000, RoundLimits { lagging_per_round: 100, batch_items: 64, ..limits });
+    assert_eq!(round_at(0, &mut rounds, &map, false).len(), 2000);
+    busy(&map, 500);
+    let passes: usize = (1..=8).map(|n| round_at(n * 10, &mut rounds, &map, false).len()).sum();
+    assert_eq!(passes, 500);
+}
+
+#[test]
 fn lists_are_bounded_and_nothing_is_lost_by_it() {
-    let limits = RoundLimits { hot_entries: 3, tombstones: 4, lagging_per_round: 2, batch_items: 7, hot_after: 1 };
+    let limits = RoundLimits {
+        hot_entries: 3,
+        tombstones: 4,
+        lagging_per_round: 2,
+        batch_items: 7,
+        hot_after: 1,
+        ..RoundLimits::default()
+    };
     let (map, mut rounds) = tracked(200, limits);
     assert_eq!(round(&mut rounds, &map, false).len(), 200);
     for n in 0..20 {

@@ -243,6 +243,7 @@ fn limits(rng: &mut Rng) -> (SourceLimits, DestinationLimits) {
         hot_entries: rng.range(0, 30) as usize,
         tombstones: rng.range(4, 64) as usize,
         lagging_per_round: rng.range(0, 60) as usize,
+        lagging_interval_ms: rng.range(0, 300),
     };
     let source = SourceLimits {
         hold_limit_ms: 50,
