@@ -194,6 +194,18 @@ impl Collector for Snapshot {
         counters(e, "ferry_pmd_iterations", "Rounds over all queues", pmds().map(|(l, p)| (l, p.iterations)))?;
         counters(e, "ferry_pmd_bursts", "Bursts with at least one frame", pmds().map(|(l, p)| (l, p.bursts)))?;
         counters(e, "ferry_pmd_frames", "Frames received", pmds().map(|(l, p)| (l, p.frames)))?;
+        counters(
+            e,
+            "ferry_pmd_flow_cache_hits",
+            "Connections in bursts that the flow cache knew",
+            pmds().map(|(l, p)| (l, p.flow_cache_hits)),
+        )?;
+        counters(
+            e,
+            "ferry_pmd_flow_cache_misses",
+            "Connections in bursts that were searched for in the tables",
+            pmds().map(|(l, p)| (l, p.flow_cache_misses)),
+        )?;
         counters(e, "ferry_pmd_sleeps", "Sleeps", pmds().map(|(l, p)| (l, p.sleeps)))?;
         counters(e, "ferry_pmd_sleep_nanoseconds", "Time slept", pmds().map(|(l, p)| (l, p.sleep_ns)))?;
         self.firewall.encode(e)?;

@@ -81,6 +81,11 @@ pub struct PmdCounters {
     pub sleep_ns: Counter,
     /// Where the cycles go.
     pub stages: StageCounters,
+    /// Connections of bursts, each counted once per burst and while its packets follow each other, of which the flow cache knew where the
+    /// entries are.
+    pub flow_cache_hits: Counter,
+    /// Those that were searched for in the tables instead.
+    pub flow_cache_misses: Counter,
 }
 
 /// Cycles by stage of the packet path, of bursts that were timed: reading the time-stamp counter costs as much as handling a frame or two,
@@ -137,6 +142,10 @@ pub struct PmdStats {
     pub sleep_ns: u64,
     /// Where the cycles went.
     pub stages: StageStats,
+    /// Looks into the flow cache that knew the connection.
+    pub flow_cache_hits: u64,
+    /// Those after which it was searched for in the tables.
+    pub flow_cache_misses: u64,
 }
 
 impl PmdCounters {
@@ -150,6 +159,8 @@ impl PmdCounters {
             idle_cycles: self.idle_cycles.get(),
             sleeps: self.sleeps.get(),
             sleep_ns: self.sleep_ns.get(),
+            flow_cache_hits: self.flow_cache_hits.get(),
+            flow_cache_misses: self.flow_cache_misses.get(),
             stages: StageStats {
                 frames: self.stages.frames.get(),
                 receive: self.stages.receive.get(),

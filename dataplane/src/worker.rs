@@ -225,10 +225,21 @@ impl<K: Kinds> Worker<K> {
         }
         self.counters.bursts.add(1);
         self.counters.frames.add(frames as u64);
+        self.count_flow_cache();
         if !self.router.stage.pending.is_empty() {
             self.send_pending();
         }
         frames.max(1)
+    }
+
+    /// Counts what became of the last burst's looks into the flow cache.
+    #[inline(always)]
+    fn count_flow_cache(&mut self) {
+        let (hits, misses) = (&mut self.router.flow_cache_hits, &mut self.router.flow_cache_misses);
+        if *hits | *misses != 0 {
+            self.counters.flow_cache_hits.add(u64::from(core::mem::take(hits)));
+            self.counters.flow_cache_misses.add(u64::from(core::mem::take(misses)));
+        }
     }
 
     /// Carries out what the control side asked for. False: stop.

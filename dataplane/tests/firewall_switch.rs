@@ -1035,4 +1035,9 @@ fn a_burst_is_judged_as_its_frames_one_by_one() {
         net.ports.map(|port| stats.get(&port).map(|s| (s.ingress.denied.clone(), s.egress.denied.clone())))
     };
     assert_eq!(denials(together), denials(singly));
+    // The flow cache has been asked, and has known.
+    let looks: Vec<_> =
+        together.switch.stats().pmds.iter().map(|p| (p.stats.flow_cache_hits, p.stats.flow_cache_misses)).collect();
+    let (hits, misses) = looks.iter().fold((0, 0), |(a, b), (hits, misses)| (a + hits, b + misses));
+    assert!(hits > 500 && misses > 100, "{looks:?}");
 }

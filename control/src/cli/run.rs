@@ -663,8 +663,18 @@ fn pmds(pmds: &[PmdView]) -> String {
 
 /// Time-stamp counter cycles per frame since the threads began.
 fn perf(pmds: &[PmdView]) -> String {
-    let mut t =
-        Table::new(&["PMD", "FRAMES", "PER BURST", "RECEIVE", "ROUTE", "SEND", "RELEASE", "SUM", "HOUSEKEEPING"]);
+    let mut t = Table::new(&[
+        "PMD",
+        "FRAMES",
+        "PER BURST",
+        "RECEIVE",
+        "ROUTE",
+        "SEND",
+        "RELEASE",
+        "SUM",
+        "FLOWS CACHED",
+        "HOUSEKEEPING",
+    ]);
     let ratio = |n: u64, of: u64| if of == 0 { "-".into() } else { format!("{:.1}", n as f64 / of as f64) };
     for p in pmds {
         let (s, c) = (&p.stats, &p.stats.stages);
@@ -679,10 +689,17 @@ fn perf(pmds: &[PmdView]) -> String {
             ratio(c.send, c.frames),
             ratio(c.release, c.frames),
             ratio(c.receive + c.route + c.send + c.release, c.frames),
+            match s.flow_cache_hits + s.flow_cache_misses {
+                0 => "-".into(),
+                all => format!("{:.1}%", s.flow_cache_hits as f64 * 100.0 / all as f64),
+            },
             format!("{share:.2}%"),
         ]);
     }
-    format!("{}\nCycles per frame; housekeeping as a share of all cycles.\n", t.render())
+    format!(
+        "{}\nCycles per frame; flows cached: connections in bursts whose entries needed no search; housekeeping as a share of all cycles.\n",
+        t.render()
+    )
 }
 
 fn config_show(client: &Client, as_json: bool) -> Result<String> {

@@ -317,6 +317,12 @@ pub struct PmdStats {
     pub frames: u64,
     /// Bursts that held at least one frame.
     pub bursts: u64,
+    /// Connections in bursts of which the flow cache knew where their entries are.
+    #[serde(default)]
+    pub flow_cache_hits: u64,
+    /// Those that were searched for in the tables.
+    #[serde(default)]
+    pub flow_cache_misses: u64,
     /// Where its cycles went, by stage.
     #[serde(default)]
     pub stages: StageCycles,

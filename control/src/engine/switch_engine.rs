@@ -482,6 +482,8 @@ impl<O: Opener> Engine for SwitchEngine<O> {
                 iterations: r.stats.iterations,
                 frames: r.stats.frames,
                 bursts: r.stats.bursts,
+                flow_cache_hits: r.stats.flow_cache_hits,
+                flow_cache_misses: r.stats.flow_cache_misses,
                 stages: StageCycles {
                     frames: r.stats.stages.frames,
                     receive: r.stats.stages.receive,

@@ -71,8 +71,9 @@ struct Passage<'p, 'a, T> {
     near: Option<Quick<'a, true>>,
     far: Option<Far<'a>>,
     recent: Option<Recent>,
-    /// Trains of this burst of which the flow cache knew the connection, and frames of a stretch that passed the last firewall the short way.
+    /// Trains of this burst of which the flow cache knew the connection, those that were searched for in the tables, and frames of a stretch that passed the last firewall the short way.
     guessed: u32,
+    searched: u32,
     swift: u64,
     is_any_swift: bool,
     /// There are trains of which it did not.
@@ -104,6 +105,7 @@ impl Router {
             far: None,
             recent: None,
             guessed: 0,
+            searched: 0,
             swift: 0,
             is_any_swift: false,
             has_searched: false,
@@ -325,6 +327,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             }
         }
         // In a full table many are where they less probably are, and new ones are in neither place.
+        self.searched = searched.all;
         if searched.all >= TELLING {
             self.router.both_buckets = searched.elsewhere * 8 > searched.all;
         }
@@ -632,6 +635,7 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
 
     fn settle(&mut self) {
         self.router.flows.note_known(self.guessed);
+        (self.router.flow_cache_hits, self.router.flow_cache_misses) = (self.guessed, self.searched);
         if let Some(near) = &self.near {
             near.settle();
         }

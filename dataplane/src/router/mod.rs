@@ -36,6 +36,9 @@ pub(crate) struct Router {
     facts: Box<[Particulars; BURST]>,
     memories: Memories,
     flows: FlowCache,
+    /// Connections in the last burst that the flow cache knew, and that were searched for.
+    pub flow_cache_hits: u32,
+    pub flow_cache_misses: u32,
     /// In the last burst, no connection was one that the flow cache knows, or is to know: it need not be asked.
     are_strangers: bool,
     /// Many entries have lately been in the second of their buckets: both are to be fetched.
@@ -189,6 +192,8 @@ impl Router {
             facts: Box::new([Particulars::default(); BURST]),
             memories: Memories::new(),
             flows: FlowCache::new(),
+            flow_cache_hits: 0,
+            flow_cache_misses: 0,
             are_strangers: false,
             both_buckets: false,
             dither: 0x9e37_79b9,
