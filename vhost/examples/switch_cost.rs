@@ -1,6 +1,11 @@
 //! What switching from guest to guest costs, rings, lookup and copy together: nanoseconds per frame of one PMD thread, without a firewall.
 //!
 //!     cargo run --release -p ferry-vhost --example switch_cost [log] [alone|guest [RING [BYTES [STEPS]]]]
+//!     cargo run --release -p ferry-vhost --example switch_cost compare
+//!
+//! `compare` tells what dirty-page logging and the tracking of connections' changes take, as `alone`, with and without firewalls at both ends: spans of
+//! some milliseconds without and with it take turns, so that the machine's moods meet both. Pairs of them are compared; shown is what is
+//! lost of the throughput, the median of all pairs and, in brackets, their quartiles.
 //!
 //! `alone`: the guests' work is done between the switch's steps, by the same thread, so everything is in its caches. `guest`: another thread,
 //! on a core of its own, is both guests; it touches a line of each frame. Shown is what the quietest steps (2nd percentile) and the typical
@@ -18,7 +23,7 @@ use std::time::{Duration, Instant};
 use ferry_dataplane::clock::cycles;
 use ferry_dataplane::pmd::Kinds;
 use ferry_dataplane::qsbr::Domain;
-use ferry_dataplane::testing::synthetic::{frame, l2_switch};
+use ferry_dataplane::testing::synthetic::{FirewallLoad, Vms, datagram, firewall_switch, frame, l2_switch};
 use ferry_dataplane::worker::{Step, Worker};
 use ferry_vhost::dirty_log::DirtyLog;
 use ferry_vhost::net_header::feature;
@@ -139,12 +144,14 @@ impl Light {
 struct Guests {
     sender: Light,
     receiver: Light,
+    /// Connections to send on; 0: what is sent is no datagram.
+    connections: u32,
 }
 
 impl Guests {
     /// Sends up to `most` frames and makes received buffers available again. Returns how many were received.
     fn turn(&mut self, most: u32) -> u32 {
-        let Self { sender, receiver } = self;
+        let Self { sender, receiver, connections } = self;
         let got = receiver.returned();
         for n in receiver.avail..receiver.avail + got {
             // What a receiver looks at.
@@ -154,11 +161,23 @@ impl Guests {
         sender.returned();
         let room = (u32::from(SIZE) - (sender.avail - sender.used)).min(most);
         for n in sender.avail..sender.avail + room {
-            sender.mem.u32(sender.buffer(n) + 12 + 16).store(n, Ordering::Relaxed);
+            match n.checked_rem(*connections) {
+                None => sender.mem.u32(sender.buffer(n) + 12 + 16).store(n, Ordering::Relaxed),
+                Some(connection) => name(&sender.mem, sender.buffer(n) + 12, connection),
+            }
         }
         sender.offer(room);
         got
     }
+}
+
+/// Makes the datagram at `at` one of a connection of its own. The sum of the IPv4 header stays what it is.
+fn name(mem: &GuestMem, at: u64, connection: u32) {
+    const PORTS: u32 = 62_500;
+    let (high, low) = ((connection / PORTS) as u16, (connection % PORTS) as u16);
+    mem.u16(at + 30).store((0x0a00 + high).to_be(), Ordering::Relaxed);
+    mem.u16(at + 32).store((!high).to_be(), Ordering::Relaxed);
+    mem.u16(at + 34).store((1024 + low).to_be(), Ordering::Relaxed);
 }
 
 /// What a frontend does that copies a guest's memory: takes all bits of a log. Returns how many there were.
@@ -170,7 +189,13 @@ fn take(log: &DirtyLog) -> u64 {
     dirty.map(|word| u64::from(word.swap(0, Ordering::AcqRel).count_ones())).sum()
 }
 
-fn guests_and_switch(features: u64, len: u32, logs: &[Arc<DirtyLog>]) -> (Guests, Worker<Vhost>) {
+/// `connections`: of datagrams, past firewalls at both ends; 0: none.
+fn guests_and_switch(
+    features: u64,
+    len: u32,
+    connections: u32,
+    logs: &[Arc<DirtyLog>],
+) -> (Guests, Worker<Vhost>, Option<Vms>) {
     let features = features | feature::VERSION_1 | feature::MRG_RXBUF;
     let mem = GuestMem::new(0x10_0000, 1, 8 << 20);
     let map = mem.memory_map();
@@ -188,11 +213,19 @@ fn guests_and_switch(features: u64, len: u32, logs: &[Arc<DirtyLog>]) -> (Guests
     let sender = Light::new(&rings[1], 0x30_0000, len + 12, false);
     let mut receiver = Light::new(&rings[2], 0x50_0000, 2048, true);
     receiver.offer(u32::from(SIZE));
+    let content = if connections == 0 { frame(len as usize) } else { datagram(len as usize) };
     for n in 0..u32::from(SIZE) {
-        mem.write(sender.buffer(n) + 12, &frame(len as usize));
+        mem.write(sender.buffer(n) + 12, &content);
     }
-    let worker = l2_switch(&domain, [a.rx(0), None], &[a.tx(), b.tx()]).expect("a fresh domain has room for a reader");
-    (Guests { sender, receiver }, worker)
+    let (rx, tx) = ([a.rx(0), None], [a.tx(), b.tx()]);
+    let (worker, vms) = if connections == 0 {
+        (l2_switch(&domain, rx, &tx), None)
+    } else {
+        firewall_switch(&domain, rx, &tx, &FirewallLoad::new(connections, true))
+            .map(|(w, vms)| (Some(w), Some(vms)))
+            .unwrap_or_default()
+    };
+    (Guests { sender, receiver, connections }, worker.expect("a fresh domain has room for a reader"), vms)
 }
 
 /// A function of its own, for profilers to count in.
@@ -226,6 +259,92 @@ fn alone(
         }
     }
     (spans, pages)
+}
+
+/// Cycles per frame of so many steps, of the switch alone.
+fn span(guests: &mut Guests, worker: &mut Worker<Vhost>, steps: u32, logs: &[Arc<DirtyLog>]) -> f64 {
+    let mut taken = 0;
+    for _ in 0..steps {
+        let got = guests.turn(u32::from(BURST));
+        std::hint::black_box(got);
+        let from = cycles();
+        step(worker);
+        taken += cycles() - from;
+    }
+    for log in logs {
+        std::hint::black_box(take(log));
+    }
+    taken as f64 / f64::from(steps) / f64::from(BURST)
+}
+
+/// Pairs of spans without and with something.
+#[derive(Default)]
+struct Pairs(Vec<[f64; 2]>);
+
+impl Pairs {
+    /// `span`: cycles per frame without it, or with it. Which comes first alternates.
+    fn take_turns(&mut self, time: Duration, mut span: impl FnMut(bool) -> f64) {
+        let began = Instant::now();
+        while began.elapsed() < time {
+            let first = self.0.len() % 2 == 1;
+            let one = span(first);
+            let other = span(!first);
+            self.0.push(if first { [other, one] } else { [one, other] });
+        }
+    }
+
+    fn print(&self, name: &str, per_ns: f64) {
+        let sorted = |of: &dyn Fn(&[f64; 2]) -> f64| {
+            let mut all: Vec<f64> = self.0.iter().map(of).collect();
+            all.sort_unstable_by(f64::total_cmp);
+            [25, 50, 75].map(|percent| all[all.len() * percent / 100])
+        };
+        let [_, without, _] = sorted(&|pair| pair[0] / per_ns);
+        let [_, with, _] = sorted(&|pair| pair[1] / per_ns);
+        let [low, lost, high] = sorted(&|[without, with]| 100.0 * (1.0 - without / with));
+        println!("{name:<48} {without:>8.1} {with:>8.1} {lost:>7.1} [{low:.1}, {high:.1}] {:>6}", self.0.len());
+    }
+}
+
+/// Memory lies elsewhere in each.
+const SWITCHES: usize = 6;
+
+fn compare(per_ns: f64) {
+    println!("{:<48} {:>8} {:>8} {:>7}", "", "without", "with", "lost %");
+    let cases = [(60u32, 0u32), (1514, 0), (60, 1), (60, 10_000), (60, 1_000_000)];
+    for (ring, features) in [("split", 0), ("packed", feature::RING_PACKED)] {
+        for (len, connections) in cases {
+            // In each span every connection has packets.
+            let steps = (connections / 50).clamp(2000, 20_000);
+            let time = TIME * if steps > 2000 { 4 } else { 1 };
+            let what = if connections == 0 { "bridge".into() } else { format!("firewalls, {connections} connections") };
+            let (mut logging, mut tracking) = (Pairs::default(), Pairs::default());
+            for _ in 0..SWITCHES {
+                let logs: Vec<_> = (0..2).map(|_| DirtyLog::map(&memfd(4096), 0, 4096).expect("a log")).collect();
+                let mut silent = guests_and_switch(features, len, connections, &[]);
+                let mut logged = guests_and_switch(features, len, connections, &logs);
+                let warm_up = 2 * connections / u32::from(BURST) + 2000;
+                for (guests, worker, _) in [&mut silent, &mut logged] {
+                    span(guests, worker, warm_up, &logs);
+                }
+                logging.take_turns(time, |on| {
+                    let (guests, worker, _) = if on { &mut logged } else { &mut silent };
+                    span(guests, worker, steps, &logs)
+                });
+                let (guests, worker, Some(vms)) = &mut silent else { continue };
+                assert_eq!(vms.connections(), [connections as usize; 2]);
+                tracking.take_turns(time, |on| {
+                    vms.set_tracking(on);
+                    span(guests, worker, steps, &logs)
+                });
+                vms.set_tracking(false);
+            }
+            logging.print(&format!("logging, {ring}, {} B, {what}", len + 4), per_ns);
+            if connections != 0 {
+                tracking.print(&format!("tracking, {ring}, {} B, {what}", len + 4), per_ns);
+            }
+        }
+    }
 }
 
 fn pin(core: usize) {
@@ -282,6 +401,9 @@ fn main() {
         std::hint::spin_loop();
     }
     let per_ns = (cycles() - from) as f64 / began.elapsed().as_nanos() as f64;
+    if mode == "compare" {
+        return compare(per_ns);
+    }
     let pages = if logged { "    pages" } else { "" };
     println!("{:<8} {:>6} {:>7} {:>7}{pages}", "ring", "bytes", "quiet", "typical");
     for (name, features) in [("split", 0), ("packed", feature::RING_PACKED)] {
@@ -291,7 +413,7 @@ fn main() {
             }
             let logs = if logged { 2 } else { 0 };
             let logs = (0..logs).map(|_| DirtyLog::map(&memfd(4096), 0, 4096).expect("a log")).collect::<Vec<_>>();
-            let (guests, worker) = guests_and_switch(features, len, &logs);
+            let (guests, worker, _) = guests_and_switch(features, len, 0, &logs);
             let (mut spans, pages) =
                 if mode == "guest" { with_guest(guests, worker, &logs) } else { alone(guests, worker, steps, &logs) };
             let frames = spans.len() * if mode == "guest" { SPAN as usize } else { usize::from(BURST) };

@@ -344,6 +344,40 @@ pub fn l2_switch<K: Kinds>(domain: &Arc<Domain>, rx: [Option<K::Rx>; 2], tx: &[K
     between(domain, rx, tx, 1, [None, None], Clock::simulated().0)
 }
 
+/// The VMs of a [`firewall_switch`].
+pub struct Vms([Arc<VmFirewall>; 2]);
+
+impl Vms {
+    /// Tracks changes to their connections, as during a migration, or no longer does. To be called between the worker's steps, by its thread.
+    pub fn set_tracking(&self, on: bool) {
+        self.0.iter().for_each(|vm| vm.map().set_tracking(on));
+    }
+
+    /// Connections that each of them has.
+    pub fn connections(&self) -> [usize; 2] {
+        [0, 1].map(|n| self.0.get(n).map_or(0, |vm| vm.map().len()))
+    }
+}
+
+/// A worker that polls `rx` of ports 0 and 1 and switches between them, past a firewall at each. [`datagram`]s go from port 0 to port 1, in as
+/// many connections as `load` says.
+pub fn firewall_switch<K: Kinds>(
+    domain: &Arc<Domain>,
+    rx: [Option<K::Rx>; 2],
+    tx: &[K::Tx; 2],
+    load: &FirewallLoad,
+) -> Option<(Worker<K>, Vms)> {
+    let (sender, receiver) = (port_firewall(1, load)?, port_firewall(0, load)?);
+    let vms = Vms([Arc::clone(&sender.vm), Arc::clone(&receiver.vm)]);
+    Some((between(domain, rx, tx, 1, [Some(sender), Some(receiver)], Clock::simulated().0)?, vms))
+}
+
+/// A datagram without checksum that [`firewall_switch`] sends from port 0 to port 1, over IPv4 without a tag. Any other source port, and any other
+/// destination in 10.0.0.0/8, is of another connection.
+pub fn datagram(bytes: usize) -> Vec<u8> {
+    udp(0, &FirewallLoad { frame_bytes: bytes, ..FirewallLoad::new(1, true) })
+}
+
 /// A frame of `bytes`, at least 14, that [`l2_switch`] sends from port 0 to port 1.
 pub fn frame(bytes: usize) -> Vec<u8> {
     let mut f = ethernet(0, [0x88, 0xb5]);
