@@ -7,6 +7,7 @@
 #![allow(unsafe_code)] // Its job: reading port memory through raw pointers.
 use crate::copy::copy;
 use crate::counters::DropReason;
+use crate::memory::prefetch_at;
 
 /// Most frames handled in one go. Accepted frames of a burst are reported in a `u64` mask.
 pub const BURST: usize = 64;
@@ -488,6 +489,15 @@ impl<'a> Segments<'a> {
         let (first, skip) = (usize::from(meta.first_segment), u32::from(meta.snapshot_len));
         let segments = self.0.get(first..first + usize::from(meta.segments)).unwrap_or_default();
         Body { segments, skip, len: meta.len.saturating_sub(skip) }
+    }
+
+    /// Fetches what the frame behind this one begins with, up to so many bytes.
+    #[inline(always)]
+    pub fn fetch_next(self, meta: &FrameMeta, most: u32) {
+        let Some(next) = self.0.get(usize::from(meta.first_segment) + usize::from(meta.segments)) else { return };
+        for at in (0..next.len.min(most) as usize).step_by(64) {
+            prefetch_at(next.addr.wrapping_add(at));
+        }
     }
 }
 

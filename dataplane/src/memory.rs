@@ -8,12 +8,18 @@ use memmap2::{Advice, MmapMut};
 /// Fetches a value's first cache line.
 #[inline(always)]
 pub(crate) fn prefetch<T>(value: &T) {
-    let _ = value;
+    prefetch_at(core::ptr::from_ref(value).cast());
+}
+
+/// Fetches the cache line at an address, which may be any.
+#[inline(always)]
+pub(crate) fn prefetch_at(addr: *const u8) {
+    let _ = addr;
     #[cfg(target_arch = "x86_64")]
     {
         use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: prefetch has no architectural effect whatever the address.
-        unsafe { _mm_prefetch(core::ptr::from_ref(value).cast::<i8>(), _MM_HINT_T0) };
+        unsafe { _mm_prefetch(addr.cast::<i8>(), _MM_HINT_T0) };
     }
 }
 

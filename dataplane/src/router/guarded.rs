@@ -29,6 +29,9 @@ use crate::port::TxPort;
 /// Bursts in which so many trains are searched for tell how many entries are not where they most probably are.
 const TELLING: u32 = 8;
 
+/// Bytes of a frame that are fetched while the one before it is summed: an Ethernet frame's.
+const FETCHED_AHEAD: u32 = 1536;
+
 /// The firewall of the output that was met last.
 struct Far<'a> {
     output: PortId,
@@ -255,7 +258,11 @@ impl<'a, T: TxPort> Passage<'_, 'a, T> {
             };
             // The port that it came from vouches for its checksum, or it has none, or it is yet to be computed.
             if stretch.verify && is_plain && plain.is_summed() && !meta.offload.needs_csum && !meta.offload.csum_valid {
-                is_plain = plain.checksum_ok(head, have, || segments.body(meta));
+                is_plain = plain.checksum_ok(head, have, || {
+                    // While this one is summed.
+                    segments.fetch_next(meta, FETCHED_AHEAD);
+                    segments.body(meta)
+                });
             }
             if is_plain
                 && let Some(train) = &mut open

@@ -372,10 +372,10 @@ pub fn firewall_switch<K: Kinds>(
     Some((between(domain, rx, tx, 1, [Some(sender), Some(receiver)], Clock::simulated().0)?, vms))
 }
 
-/// A datagram without checksum that [`firewall_switch`] sends from port 0 to port 1, over IPv4 without a tag. Any other source port, and any other
-/// destination in 10.0.0.0/8, is of another connection.
-pub fn datagram(bytes: usize) -> Vec<u8> {
-    udp(0, &FirewallLoad { frame_bytes: bytes, ..FirewallLoad::new(1, true) })
+/// A datagram, with checksum if `summed`, that [`firewall_switch`] sends from port 0 to port 1, over IPv4 without a tag. Any other source port,
+/// and any other destination in 10.0.0.0/8, is of another connection.
+pub fn datagram(bytes: usize, summed: bool) -> Vec<u8> {
+    udp(0, &FirewallLoad { frame_bytes: bytes, summed, ..FirewallLoad::new(1, true) })
 }
 
 /// A frame of `bytes`, at least 14, that [`l2_switch`] sends from port 0 to port 1.
